@@ -67,6 +67,11 @@ COMMIT_BOUND = Metric(
     "Entries that may be folded before a commit, so that it ends within its timeout; learned from how long commits take.",
     _P,
 )
+NATIVE_PRODUCE = Metric(
+    "pipeline_native_produce",
+    "gauge",
+    "1 if the native core produces the messages of a commit, thousands in one call; 0 if they are produced one by one.",
+)
 OVERLAY_FULL = Metric("pipeline_overlay_full_total", "counter", "Commits made early because the overlay was full.", _P)
 NEXT_OFFSET = Metric(
     "pipeline_position_next_offset", "gauge", "First record of the deltas topic that is not in the state.", _P
@@ -214,6 +219,9 @@ INGEST_LINES = Metric(
     "counter",
     "Lines of StatsD, and samples of POST /v1/openmetrics, that came in, the malformed among them.",
     ("protocol",),
+)
+TOTAL_STREAMS = Metric(
+    "pipeline_otlp_streams", "gauge", "Streams of totals that are remembered; at otlp_streams_max the oldest are forgotten."
 )
 INGEST_MALFORMED = Metric(
     "pipeline_ingest_malformed_total",

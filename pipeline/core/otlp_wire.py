@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from pipeline.core.protobuf import BYTES, FIXED64, VARINT, Value, fields, signed
+from pipeline.core.distribution import NO_RUN, ExponentialBuckets, Run
+from pipeline.core.protobuf import BYTES, FIXED64, VARINT, Value, fields, read_varint, signed, zigzagged
 from pipeline.errors import BadRecord, Invalid
 
 GAUGE, SUM, HISTOGRAM, EXPONENTIAL, SUMMARY = "gauge", "sum", "histogram", "exponential_histogram", "summary"
@@ -43,6 +44,7 @@ class OtlpPoint(NamedTuple):
     sum: float | None = None
     buckets: Sequence[int] = ()
     bounds: Sequence[float] = ()
+    exponential: ExponentialBuckets | None = None
 
 
 class OtlpMetric(NamedTuple):
@@ -56,7 +58,7 @@ class OtlpMetric(NamedTuple):
     temporality: int
     monotone: bool
     points: Iterator[OtlpPoint]
-    """Points, which are read while this is iterated; of an exponential histogram or a summary without their content."""
+    """Points, which are read while this is iterated; of a summary without its content."""
 
 
 # Protocol Buffers
@@ -140,6 +142,8 @@ def _points(data: bytes, type_: str) -> Iterator[OtlpPoint]:
             yield _number_point(message)
         elif type_ == HISTOGRAM:
             yield _histogram_point(message)
+        elif type_ == EXPONENTIAL:
+            yield _exponential_point(message)
         else:
             yield OtlpPoint((), 0, 0, 0)
 
@@ -190,6 +194,53 @@ def _histogram_point(message: bytes) -> OtlpPoint:
         if len(buckets) > _LENGTH_MAX or len(bounds) > _LENGTH_MAX:
             raise BadRecord(f"a histogram of over {_LENGTH_MAX} buckets")
     return OtlpPoint(attributes, start_ns, at_ns, flags, None, observations, sum_, buckets, bounds)
+
+
+def _exponential_point(message: bytes) -> OtlpPoint:
+    attributes: list[tuple[str, Attribute]] = []
+    found: dict[int, Any] = {}
+    for number, wire_type, value in fields(message):
+        if number == 1:
+            _add_attribute(attributes, wire_type, value)
+        elif number in (2, 3, 4, 7):
+            found[number] = _fixed(value)
+        elif number in (5, 12, 13, 14):
+            found[number] = _double(value)
+        elif number == 6 and isinstance(value, int):
+            found[number] = zigzagged(value)
+        elif number in (8, 9) and isinstance(value, bytes):
+            found[number] = _run(value)
+        elif number == 10 and isinstance(value, int):
+            found[number] = value
+    buckets = ExponentialBuckets(
+        found.get(6, 0),
+        found.get(7, 0),
+        found.get(8, NO_RUN),
+        found.get(9, NO_RUN),
+        found.get(12),
+        found.get(13),
+        found.get(14, 0.0),
+    )
+    start_ns, at_ns, observations, flags = (found.get(number, 0) for number in (2, 3, 4, 10))
+    return OtlpPoint(attributes, start_ns, at_ns, flags, None, observations, found.get(5), exponential=buckets)
+
+
+def _run(message: bytes) -> Run:
+    """Return the buckets of one sign."""
+    offset, counts = 0, list[int]()
+    for number, wire_type, value in fields(message):
+        if number == 1 and isinstance(value, int):
+            offset = zigzagged(value)
+        elif number == 2 and isinstance(value, int):
+            counts.append(value)
+        elif number == 2 and wire_type == BYTES and isinstance(value, bytes):
+            at = 0
+            while at < len(value) and len(counts) <= _LENGTH_MAX:
+                count_, at = read_varint(value, at)
+                counts.append(count_)
+        if len(counts) > _LENGTH_MAX:
+            raise BadRecord(f"a histogram of over {_LENGTH_MAX} buckets")
+    return offset, counts
 
 
 def _fixed(value: Value) -> int:
@@ -267,6 +318,11 @@ class _KeyValue(msgspec.Struct, gc=False):
     value: _AnyValue | None = None
 
 
+class _JsonRun(msgspec.Struct, rename="camel"):
+    offset: int = 0
+    bucket_counts: list[_Int] = []
+
+
 class _JsonPoint(msgspec.Struct, rename="camel"):
     attributes: list[_KeyValue] = []
     start_time_unix_nano: _Int = 0
@@ -278,6 +334,13 @@ class _JsonPoint(msgspec.Struct, rename="camel"):
     sum: _Float | None = None
     bucket_counts: list[_Int] = []
     explicit_bounds: list[_Float] = []
+    scale: int = 0
+    zero_count: _Int = 0
+    zero_threshold: _Float = 0.0
+    positive: _JsonRun | None = None
+    negative: _JsonRun | None = None
+    min: _Float | None = None
+    max: _Float | None = None
 
 
 class _Data(msgspec.Struct, rename="camel"):
@@ -347,7 +410,7 @@ def read_json(body: bytes) -> Iterator[OtlpMetric]:
                 for type_, data in of_type.items():
                     if data is not None:
                         temporality = _temporality(data.aggregation_temporality)
-                        points = map(_json_point, data.data_points)
+                        points = map(_json_exponential if type_ == EXPONENTIAL else _json_point, data.data_points)
                         yield OtlpMetric(resource, scope, it.name, type_, temporality, data.is_monotonic, points)
 
 
@@ -372,6 +435,17 @@ def _json_point(it: _JsonPoint) -> OtlpPoint:
         [*map(_int, it.bucket_counts[: _LENGTH_MAX + 1])],
         [*map(_float, it.explicit_bounds[: _LENGTH_MAX + 1])],
     )
+
+
+def _json_exponential(it: _JsonPoint) -> OtlpPoint:
+    least, most = (None if end is None else _float(end) for end in (it.min, it.max))
+    positive, negative = (
+        (run.offset, [*map(_int, run.bucket_counts)]) if run is not None else NO_RUN for run in (it.positive, it.negative)
+    )
+    if max(len(positive[1]), len(negative[1])) > _LENGTH_MAX:
+        raise Invalid(f"a histogram of over {_LENGTH_MAX} buckets")
+    buckets = ExponentialBuckets(it.scale, _int(it.zero_count), positive, negative, least, most, _float(it.zero_threshold))
+    return _json_point(it)._replace(exponential=buckets)
 
 
 def _json_attributes(attributes: Sequence[_KeyValue]) -> list[tuple[str, Attribute]]:

@@ -115,3 +115,8 @@ def read_varint(data: bytes, at: int) -> tuple[int, int]:
 def signed(value: int) -> int:
     """Return the `int64` that the 64 bits of a varint stand for."""
     return value - 2**64 if value >= 2**63 else value
+
+
+def zigzagged(value: int) -> int:
+    """Return the `sint32` or `sint64` that a varint stands for."""
+    return value >> 1 ^ -(value & 1)

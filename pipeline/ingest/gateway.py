@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 from zlib import crc32
 
@@ -11,6 +12,7 @@ import msgspec
 
 import pipeline.metrics as m
 from pipeline.core.codec import RefusedGroup, encode_batch
+from pipeline.core.distribution import HISTOGRAM, Distribution
 from pipeline.core.grants import Bounds
 from pipeline.core.kinds import KIND_NAMES, KINDS, check_ahead, kind_of
 from pipeline.core.limits import TaskLimits
@@ -167,6 +169,8 @@ class Gateway:
         ts_ms = now_ms if delta.ts_ms is None else delta.ts_ms
         if definition.window_s:
             KINDS["last"].check(None, ts_ms)  # whatever the kind is, the time decides about the window
+        if definition.kind == HISTOGRAM and isinstance(delta.value, Distribution):
+            return delta.value, ts_ms
         return kind_of(definition).check(delta.value, ts_ms, self._clock.rising_ns()), ts_ms
 
     def _fitted(self, deltas: Sequence[RawDelta]) -> list[RawDelta]:
@@ -235,7 +239,7 @@ class Gateway:
                     for number in numbers.pop(it):
                         self._refuse(number, "view", full[it.definition], refused)
                 raw = {it: run for it, run in raw.items() if it.definition not in full}
-            states = {it: kind_of(it.definition).collect(run) for it, run in raw.items()}
+            states = {it: _collected(it.definition, run) for it, run in raw.items()}
             if key is not None:
                 sealed = _seal_parts(states, producer_id, fixed, now_ms)
             else:
@@ -371,6 +375,17 @@ class Gateway:
                 if key is None:
                     self._outbox.add(sealed[-1])
         return self._send(sealed, {}, key)
+
+
+def _collected(definition: Definition, run: Sequence[Any]) -> Any:
+    """Return the state of deltas, of which those of a histogram can be distributions."""
+    kind = kind_of(definition)
+    if definition.kind != HISTOGRAM:
+        return kind.collect(run)
+    states = [it.state() for it in run if isinstance(it, Distribution)]
+    if single := [it for it in run if not isinstance(it, Distribution)]:
+        states.append(kind.collect(single))
+    return reduce(kind.merge, states)
 
 
 def _seal_parts(states: Mapping[_Series, Any], producer_id: str, partition: int, now_ms: int) -> list[Sealed]:

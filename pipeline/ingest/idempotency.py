@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from hashlib import sha256
 from zlib import crc32
 
+from pipeline.core.distribution import Distribution
 from pipeline.ingest.admission import KEY_PREFIX
 from pipeline.ports import RawDelta, RequestKey
 
@@ -70,6 +71,8 @@ def _size(delta: RawDelta) -> int:
     value = delta.value
     if type(value) is int:
         return size + value.bit_length() // 8
+    if isinstance(value, Distribution):
+        return size + _DELTA_BYTES + len(value.packed)
     return size + _text_bytes(value) if isinstance(value, str) else size
 
 

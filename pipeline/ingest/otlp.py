@@ -4,8 +4,9 @@
     sum, not monotonic  NAME               sum of its deltas; last where its temporality is cumulative
     gauge               NAME               last, by its time
     histogram           NAME_bucket{le}    sum, monotone; so are NAME_count and NAME_sum, as a scrape has them
+    its exponential form  NAME             histogram
 
-Totals (cumulative temporality) are handed on as such. Exponential histograms and summaries are refused.
+Totals (cumulative temporality) are handed on as such. Summaries are refused.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from math import isfinite
 from operator import itemgetter
 from typing import NamedTuple
 
+from pipeline.core.distribution import distribution_of
 from pipeline.core.exposition import bound_text
 from pipeline.core.otlp_wire import (
     CUMULATIVE,
@@ -35,15 +37,12 @@ from pipeline.core.otlp_wire import (
 from pipeline.core.statsd import prometheus_name
 from pipeline.errors import BadRecord, Invalid
 from pipeline.ingest.totals import stream_digest
-from pipeline.ports import Pushed, RawDelta, Refusal, RunningTotal
+from pipeline.ports import RawDelta, Refusal
+from pipeline.pushed import Pushed, RunningTotal
 
 JSON = "application/json"
 _BRACES_A_POINT = 16
 """Most objects in JSON for each point that may be taken, so that memory is bounded before they are made."""
-_REFUSED_TYPES = {
-    EXPONENTIAL: "exponential histograms are not taken: export explicit buckets, which is the SDKs' default",
-    SUMMARY: "quantiles can't be added up",
-}
 
 
 class _WrongPoint(Exception):
@@ -127,8 +126,8 @@ class _ExportReader:
         return _Named(view, labels, stream_digest(self._source_digest, metric.name))
 
     def _take_point(self, metric: OtlpMetric, named: _Named, point: OtlpPoint) -> int:
-        if metric.type in _REFUSED_TYPES:
-            raise _WrongPoint(metric.type, _REFUSED_TYPES[metric.type])
+        if metric.type == SUMMARY:
+            raise _WrongPoint(SUMMARY, "quantiles can't be added up")
         if named.view is None:
             raise _WrongPoint("name", "no view can have this name")
         if not point.at_ns:
@@ -141,12 +140,15 @@ class _ExportReader:
             if self._sources.setdefault(view, metric.name) != metric.name:
                 raise _WrongPoint("collision", f"its view {view[:50]} is that of {self._sources[view][:100]}")
         if metric.type == GAUGE or metric.temporality == DELTA or deltas[0].kind == "last":
+            if metric.type == EXPONENTIAL and not point.observations:
+                return 0
             self.deltas += deltas
             self.lines += [self._number] * len(deltas)
         else:
             if not point.start_ns:
                 raise _WrongPoint("start", "a total without the time of its start")
-            stream = stream_digest(named.stream, _sorted(point.attributes), [*point.bounds], point.start_ns, len(deltas))
+            parts = metric.type, _sorted(point.attributes), [*point.bounds], point.start_ns, len(deltas)
+            stream = stream_digest(named.stream, *parts)
             self.totals.append(RunningTotal(self._number, stream, point.start_ns, point.at_ns, deltas))
         return len(deltas)
 
@@ -160,6 +162,12 @@ def _deltas(metric: OtlpMetric, view: str, labels: dict[str, str], point: OtlpPo
     ts_ms = point.at_ns // 1_000_000
     if metric.type == HISTOGRAM:
         yield from _histogram(view, labels, point, ts_ms)
+    elif point.exponential is not None:
+        try:
+            observed = distribution_of(point.observations, point.sum, point.exponential)
+        except Invalid as error:
+            raise _WrongPoint("buckets", str(error)) from None
+        yield RawDelta(view, "histogram", labels, observed, ts_ms)
     elif point.value is None:
         raise _WrongPoint("value", "a point without a value")
     elif metric.type == SUM and (metric.monotone or metric.temporality == DELTA):

@@ -1,7 +1,8 @@
 """The native core, where it was built: a Rust crate in this folder, compiled at install by `hatch_build`.
 
-It does for each delta the same as `pipeline.publisher.table` does in Python, and for each entry of a scan the same as
-`pipeline.query.grouping`, and nothing else. Both always work.
+It does for each delta the same as `pipeline.publisher.table` does in Python, for each entry of a scan the same as
+`pipeline.query.grouping`, for each message of a commit the same as confluent_kafka's `Producer.produce`, and nothing else.
+Both always work.
 `PIPELINE_NATIVE` chooses, at install and when the program runs: `auto` (the default) uses the native core if it is there,
 `no` does not, and with `require` its absence is an error that says what to do.
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 from pipeline.errors import Invalid
 
-VERSION = 8
+VERSION = 9
 """The version of the extension that this package needs; `src/lib.rs` has the same number."""
 VARIABLE = "PIPELINE_NATIVE"
 _MODULE = "pipeline_native"
@@ -41,6 +42,11 @@ def _found() -> tuple[Any, str]:
             wish, f"the native core has version {extension.VERSION}, and {VERSION} is needed: it is of another build"
         )
     return extension, f"the native core is in use, version {VERSION}"
+
+
+def is_required() -> bool:
+    """Return whether the absence of what is native is an error."""
+    return os.environ.get(VARIABLE) == "require"
 
 
 def _without(wish: str, why: str) -> tuple[None, str]:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, final
 
 from pipeline.core.record import Definition
+from pipeline.ports import Message
 from pipeline.publisher.table import Journal
 
 VERSION: int
@@ -123,3 +124,16 @@ class Groups:
     def add(self, entries: list[tuple[bytes, bytes]], skip: int, width: int, columns: Sequence[int | None]) -> bool: ...
     def __len__(self) -> int: ...
     def take(self) -> dict[tuple[str, ...], Any]: ...
+
+@final
+class BatchProducer:
+    """Enqueues messages at a client of librdkafka; `pipeline.adapters.kafka.batches` makes it."""
+
+    @staticmethod
+    def expect(add_on_new: int, topic_new: int, topic_destroy: int, produce_batch: int) -> None:
+        """Take the addresses of librdkafka's functions, and forget the client that this thread made last."""
+    @staticmethod
+    def of(producer: object) -> BatchProducer | None:
+        """Return what enqueues at the client that this thread has made since `expect`, the one of `producer`."""
+    def produce(self, topic: str, partition: int, messages: Sequence[Message], start: int, end: int) -> tuple[int, int]:
+        """Enqueue `messages[start:end]`; return the number of the first that is not enqueued, and the code of its error."""

@@ -20,7 +20,8 @@ from pipeline.core.protobuf import bytes_field, int_field, text_field
 from pipeline.errors import PipelineError
 from pipeline.left_out import LeftOut
 from pipeline.metrics import Metrics
-from pipeline.ports import Ingest, Pushed, Refusal, RequestKey, TotalsPublisher
+from pipeline.ports import Ingest, Refusal, RequestKey
+from pipeline.pushed import Pushed, TotalsPublisher
 from pipeline.query.bodies import OTLP_TYPES, BodyRoom, RequestBodies, unzipped
 from pipeline.query.fairness import FairTurns, writer_of
 from pipeline.query.guard import note_refusal
@@ -140,9 +141,9 @@ class Exports:
             token, unfit = self._taking.totals.publish(pushed.totals, RequestKey(path, "totals", digest))
             next_offsets.update(token.next_offsets)
             refused += unfit
-        sums = [i for i, it in enumerate(pushed.deltas) if it.kind == "sum"]
-        newest = [i for i, it in enumerate(pushed.deltas) if it.kind != "sum"]  # a repeat of them changes nothing
-        for numbers, key in ((sums, RequestKey(path, "deltas", digest)), (newest, None)):
+        added = [i for i, it in enumerate(pushed.deltas) if it.kind != "last"]
+        newest = [i for i, it in enumerate(pushed.deltas) if it.kind == "last"]  # a repeat of them changes nothing
+        for numbers, key in ((added, RequestKey(path, "deltas", digest)), (newest, None)):
             if numbers:
                 token, unfit = self._ingest.fitting([pushed.deltas[i] for i in numbers], key)
                 next_offsets.update(token.next_offsets)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+import pipeline.metrics as m
 from pipeline.adapters.kafka.checks import CompactionLag
 from pipeline.adapters.static_membership import StaticMembership
 from pipeline.core.answer import MemberStatus, Status
@@ -92,6 +93,7 @@ class ClusterWorker(KafkaRole):
         self._member: ClusterMember | None = None
         try:
             check_partitions(partitions or (), self.partition_count)
+            metrics.set(m.NATIVE_PRODUCE, self.log.produces_at_once())
             self._topic_ids = self._ask_topic_ids()
             self._agents = agents
             self._feeds: Feeds | None = None

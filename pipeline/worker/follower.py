@@ -164,7 +164,7 @@ class Follower:
         if self._read_at_ms is not None:
             self._read_at_ms = max((self._read_at_ms, *records.at_ms[-1:]))
         self.next_offset = records.next_offset
-        self.entries_total += len(records.keys) - [*records.keys].count(FENCE_KEY)
+        self.entries_total += len(records.keys) - sieve.fences
         if sieve.whole:
             # Foreign records behind a commit that its owner has not repaired are read again after a restart.
             last = sieve.whole == len(sieve) and not self.foreign.keys
@@ -175,7 +175,7 @@ class Follower:
         full = len(sieve) >= self._entries_max or self._bytes >= self._bytes_max
         if full or (sieve and self._meta.between_boundaries):  # already between boundaries: holding back gains nothing
             self._write(len(sieve), records.next_offset, between=True)
-        elif sieve.fenced:  # so that a partition that only changes its owner is not behind after a restart
+        elif sieve.fences:  # so that a partition that only changes its owner is not behind after a restart
             self.save()
 
     def _take_known(self, records: Records) -> Records:
@@ -278,9 +278,12 @@ class Follower:
             position_offset=place,
             caught_up=self._caught_up,
         )
+        is_one_commit = self._sieve.commits == 1 and not between
         _, keys, values = self._sieve.pop(count)
-        latest = dict(zip(keys, values, strict=True))
-        write_entries(self.store, [*latest], [*latest.values()], self._meta)
+        if not is_one_commit:  # a commit has each key once
+            latest = dict(zip(keys, values, strict=True))
+            keys, values = [*latest], [*latest.values()]
+        write_entries(self.store, keys, values, self._meta)
         self._bytes = self._counted = 0
 
 

@@ -144,15 +144,17 @@ class Sieve:
         self._values: list[bytes | None] = []
         self.whole = self.whole_end = 0
         """Number of held back entries that belong to whole commits, and the offset behind those commits."""
-        self.fenced = False
-        """True if the records that were taken in last hold a fence record."""
+        self.commits = 0
+        """Number of those commits."""
+        self.fences = 0
+        """Number of records with the key of fence records among those that were taken in last."""
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def take(self, records: Records) -> None:
         """Hold back the records that were read next. Raises `NewerFormat` if a newer program has committed them."""
-        self.fenced = False
+        self.fences = 0
         start = 0
         for index in not_entries(records.keys):
             self._hold(records, start, index)
@@ -168,7 +170,7 @@ class Sieve:
 
     def _take_special(self, offset: int, key: bytes | None, value: bytes | None) -> None:
         if key == FENCE_KEY:
-            self.fenced = True
+            self.fences += 1
             if not self.lineage.take_fence(offset, value):
                 self.foreign.note(offset, "it is no fence record of this partition")
         elif key == POSITION_KEY:
@@ -183,6 +185,7 @@ class Sieve:
                 self._keys.append(POSITION_KEY)
                 self._values.append(value)
                 self.whole, self.whole_end = len(self._keys), offset + 1
+                self.commits += 1
         else:
             self.foreign.note(offset, "its key is of no kind that this program knows")
 
@@ -204,6 +207,7 @@ class Sieve:
             popped = self._offsets[:count], self._keys[:count], self._values[:count]
             del self._offsets[:count], self._keys[:count], self._values[:count]
         self.whole = max(0, self.whole - count)
+        self.commits = self.commits if self.whole else 0
         return popped
 
     def bytes_from(self, index: int) -> int:

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from tests.bench import (
+    commits,
     heartbeat,
     kafka,
     keyed,
@@ -52,6 +53,7 @@ ON_KAFKA: Mapping[str, Callable[[bool], list[Row]]] = {
     "kafka-publish": keyed.publish_keyed,
     "kafka-fold-unique": kafka.fold_unique,
     "kafka-fold-repeated": kafka.fold_repeated,
+    "kafka-commit": commits.commit,
     "kafka-restore": kafka.restore,
     "kafka-latency": kafka.latency,
     "kafka-scaling": workers.scaling,

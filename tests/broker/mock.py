@@ -7,10 +7,16 @@ isolation: only a real broker shows which records a transaction makes visible.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-import confluent_kafka.cimpl  # noqa: F401  # loads the library
+from confluent_kafka import Producer
+
+from pipeline.adapters.clock import SystemClock
+from pipeline.adapters.kafka.options import Address, parse_url, transaction_options
+from pipeline.adapters.kafka.transaction import KafkaTransaction
+from pipeline.ports import Message
 
 PRODUCE, FETCH, LIST_OFFSETS, METADATA = 0, 1, 2, 3
 FIND_COORDINATOR, INIT_PRODUCER_ID, ADD_PARTITIONS, END_TXN = 10, 22, 24, 26
@@ -99,3 +105,31 @@ class MockCluster:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def address(mock: MockCluster) -> Address:
+    """Return the cluster's address."""
+    return parse_url(f"kafka://{mock.bootstrap}")
+
+
+def begun(mock: MockCluster, transactional_id: str = "t-0", *, timeout_s: float = 10.0, **options: Any) -> KafkaTransaction:
+    """Return a new transaction on the cluster, which tries again in haste."""
+    ours = transaction_options(address(mock), {}, transactional_id=transactional_id, timeout_ms=5_000)
+    return KafkaTransaction(
+        {**ours, "retry.backoff.ms": 1, "retry.backoff.max.ms": 5, **options},
+        transactional_id,
+        timeout_s=timeout_s,
+        clock=SystemClock(),
+        check=lambda _topic, _partition: None,
+        broker_topic=address(mock).topic,
+    )
+
+
+def one_by_one(options: Mapping[str, Any]) -> tuple[Producer, None]:
+    """Return a producer as `batches.new_producer` does where messages can't be produced in one call."""
+    return Producer(options), None
+
+
+def three(start: int = 0) -> list[Message]:
+    """Return three messages: the first and the last report, and one between them does not."""
+    return [Message("deltas", 0, b"k", b"%d" % number) for number in range(start, start + 3)]

@@ -8,15 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 from confluent_kafka import KafkaError
 
+import pipeline.adapters.kafka.transaction as transaction_module
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.kafka.errors import CODES, Verdict, code_of, describe, translate, verdict_of
 from pipeline.adapters.kafka.log import KafkaLog
-from pipeline.adapters.kafka.options import Address, parse_url, reader_options, transaction_options
+from pipeline.adapters.kafka.options import reader_options
 from pipeline.adapters.kafka.reader import KafkaReader
-from pipeline.adapters.kafka.transaction import KafkaTransaction
 from pipeline.adapters.kafka.writer import KafkaLogWriter
 from pipeline.errors import Discontinuous, Displaced, Fenced, Invalid, PipelineError, Unavailable
-from pipeline.ports import Message
 from pipeline.settings import KafkaSettings
 from tests.broker.mock import (
     ADD_PARTITIONS,
@@ -27,6 +26,10 @@ from tests.broker.mock import (
     LIST_OFFSETS,
     PRODUCE,
     MockCluster,
+    address,
+    begun,
+    one_by_one,
+    three,
 )
 
 NOT_OURS = frozenset(
@@ -220,24 +223,17 @@ def mock() -> Iterator[MockCluster]:
         yield cluster
 
 
-def address(mock: MockCluster) -> Address:
-    return parse_url(f"kafka://{mock.bootstrap}")
+@pytest.fixture(autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have transactions produce their messages as they do by themselves, or one by one."""
+    if getattr(request, "param", "") == "one by one":
+        monkeypatch.setattr(transaction_module, "new_producer", one_by_one)
 
 
-def begun(mock: MockCluster, *, timeout_s: float = 10.0) -> KafkaTransaction:
-    options = transaction_options(address(mock), {}, transactional_id="t-0", timeout_ms=5_000)
-    return KafkaTransaction(
-        {**options, "retry.backoff.ms": 1, "retry.backoff.max.ms": 5},
-        "t-0",
-        timeout_s=timeout_s,
-        clock=SystemClock(),
-        check=lambda _topic, _partition: None,
-        broker_topic=address(mock).topic,
-    )
-
-
-def three(start: int = 0) -> list[Message]:
-    return [Message("deltas", 0, b"k", b"%d" % number) for number in range(start, start + 3)]
+BOTH_WAYS = pytest.mark.parametrize("way", ["at once", "one by one"], indirect=True)
+IN_LONG_RUNS_BOTH_WAYS = pytest.mark.parametrize(
+    "way", ["at once", pytest.param("one by one", marks=pytest.mark.long)], indirect=True
+)
 
 
 def ends(mock: MockCluster, run: Callable[[], object]) -> list[int]:
@@ -266,6 +262,7 @@ RESUMED = [
 ]
 
 
+@IN_LONG_RUNS_BOTH_WAYS
 @pytest.mark.parametrize(("request_", "name"), RESUMED)
 def test_a_commit_goes_on_after_what_passes(mock: MockCluster, request_: int, name: str) -> None:
     """Only the request that failed is made again, and the offsets are right."""
@@ -293,6 +290,7 @@ ABORTED = [
 ]
 
 
+@IN_LONG_RUNS_BOTH_WAYS
 @pytest.mark.parametrize(("request_", "name"), ABORTED)
 def test_what_is_aborted_is_done_again(mock: MockCluster, request_: int, name: str) -> None:
     """The transaction is aborted, then all of it is done again: one more end of a transaction than without the error."""
@@ -312,6 +310,7 @@ def test_what_is_aborted_is_done_again(mock: MockCluster, request_: int, name: s
 PLACE = ("deltas", 0)
 
 
+@BOTH_WAYS
 def test_a_marker_that_is_left_out(mock: MockCluster) -> None:
     """A commit that stands where the marker of the last one should be is aborted, and its owner has to look.
 
@@ -327,6 +326,7 @@ def test_a_marker_that_is_left_out(mock: MockCluster) -> None:
     transaction.close()
 
 
+@IN_LONG_RUNS_BOTH_WAYS
 @pytest.mark.parametrize(("request_", "name"), [ABORTED[0], ABORTED[3], ABORTED[7]])
 def test_an_aborted_commit_with_a_place_is_not_done_again(mock: MockCluster, request_: int, name: str) -> None:
     """The abort can have undone the last commit too, so that the owner has to look before the next one."""
@@ -355,6 +355,7 @@ def test_a_commit_after_an_outage(mock: MockCluster) -> None:
     transaction.close()
 
 
+@IN_LONG_RUNS_BOTH_WAYS
 @pytest.mark.parametrize("name", ["COORDINATOR_LOAD_IN_PROGRESS", "TRANSACTION_ABORTABLE", "UNKNOWN", "_TRANSPORT"])
 def test_an_abort_is_tried_again(mock: MockCluster, name: str) -> None:
     """An abort that fails for a while succeeds in the end, and then the commit is done again."""
@@ -365,6 +366,7 @@ def test_an_abort_is_tried_again(mock: MockCluster, name: str) -> None:
     transaction.close()
 
 
+@IN_LONG_RUNS_BOTH_WAYS
 @pytest.mark.parametrize("request_", [ADD_PARTITIONS, END_TXN])
 @pytest.mark.parametrize("name", ["PRODUCER_FENCED", "INVALID_PRODUCER_EPOCH"])
 def test_the_fenced_one_stops(mock: MockCluster, request_: int, name: str) -> None:
@@ -381,6 +383,7 @@ def test_the_fenced_one_stops(mock: MockCluster, request_: int, name: str) -> No
     transaction.close()
 
 
+@IN_LONG_RUNS_BOTH_WAYS
 @pytest.mark.parametrize(
     ("request_", "name"),
     [
@@ -412,6 +415,7 @@ def test_the_deadline_holds(mock: MockCluster, request_: int, name: str) -> None
     transaction.close()
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
@@ -434,6 +438,7 @@ def test_what_can_never_be_taken_is_told(mock: MockCluster, name: str, advice: s
     transaction.close()
 
 
+@IN_LONG_RUNS_BOTH_WAYS
 def test_an_offset_that_nobody_tells(mock: MockCluster) -> None:
     """No offset is made up for a batch that the broker had before and gives no offset for."""
     transaction = begun(mock)

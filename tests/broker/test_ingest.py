@@ -8,6 +8,7 @@ import pytest
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 from opentelemetry.sdk import metrics as sdk
 from opentelemetry.sdk.metrics.export import AggregationTemporality, PeriodicExportingMetricReader
+from opentelemetry.sdk.metrics.view import ExponentialBucketHistogramAggregation, View
 from prometheus_client import CollectorRegistry, Counter, Histogram, push_to_gateway
 
 from pipeline import Publisher, Reader
@@ -23,12 +24,16 @@ def export(url: str, name: str, temporality: AggregationTemporality) -> None:
     preferred = {sdk.Counter: temporality, sdk.Histogram: temporality}
     exporter = OTLPMetricExporter(f"{url}/v1/metrics", preferred_temporality=preferred)
     reader = PeriodicExportingMetricReader(exporter, export_interval_millis=3_600_000)
-    provider = sdk.MeterProvider([reader])
+    provider = sdk.MeterProvider(
+        [reader], views=[View(instrument_name=f"{name}.size", aggregation=ExponentialBucketHistogramAggregation())]
+    )
     meter = provider.get_meter("test")
     jobs, took = meter.create_counter(f"{name}.jobs"), meter.create_histogram(f"{name}.took")
+    size = meter.create_histogram(f"{name}.size")
     for number in range(TIMES):
         jobs.add(2, {"kind": str(number % 3)})
         took.record(number)
+        size.record(number)
         assert provider.force_flush()
     provider.shutdown()
 
@@ -69,3 +74,6 @@ def test_what_clients_count_is_in_the_views(app: App, tmp_path: Path) -> None:
             assert of == {"count": TIMES, "sum": sum(range(TIMES))}, view
             under = reader.get(f"{view}_bucket", where={"le": "5.0"}, by=[], after=token, timeout_ms=60_000).value()
             assert under == 6, view
+        for view in ("deltas_size", "totals_size"):
+            value = reader.get(view, by=[], after=token, timeout_ms=60_000).value()
+            assert [value[it] for it in ("count", "sum", "min", "max")] == [TIMES, sum(range(TIMES)), 0, TIMES - 1], view

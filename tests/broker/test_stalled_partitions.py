@@ -7,15 +7,17 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import closing
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, KafkaException, TopicPartition
+from confluent_kafka import Message as KafkaMessage
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.kafka.log import KafkaLog
 from pipeline.adapters.kafka.options import parse_url
 from pipeline.adapters.kafka.reader import KafkaReader, StallDetector
+from pipeline.errors import PipelineError
 from pipeline.ports import Message
 from pipeline.settings import KafkaSettings
 from pipeline.topics import DELTAS
@@ -160,3 +162,47 @@ def test_another_assignment_begins_anew() -> None:
     world.detector.forget()
     assert world.look(ASK_S, {0: 3}) == {}
     assert world.look(max(ASK_S, STALLED_S), {0: 3}) == {0: 5}
+
+
+class _Failing:
+    """A consumer that fails at its third call, after two lots; assigned again, it goes on from there."""
+
+    def __init__(self) -> None:
+        self.next_offset = self.calls = 0
+
+    def assign(self, places: list[TopicPartition]) -> None:
+        """Go on from an offset."""
+        self.next_offset = places[0].offset
+
+    def consume(self, count: int, _: float) -> list[KafkaMessage]:
+        """Return the next messages."""
+        self.calls += 1
+        if self.calls == 3:
+            raise KafkaException(KafkaError(KafkaError._FAIL, "it fails once"))
+        offsets = range(self.next_offset, min(self.next_offset + count, 2_000))
+        self.next_offset = offsets.stop
+        return [KafkaMessage("deltas", 0, it, None, b"value", timestamp=(1, 5)) for it in offsets]
+
+    def poll(self, _: float) -> None:
+        """Wait for nothing."""
+
+
+def test_a_call_that_fails_within_a_poll_loses_nothing() -> None:
+    """A reader reads again the messages that a poll had taken before one of its calls failed."""
+    reader = KafkaReader(
+        {"bootstrap.servers": "", "group.id": "nobody"},
+        "deltas",
+        clock=SystemClock(),
+        partition_count=lambda: 1,
+        start_offsets=lambda _: {0: 0},
+        end_offsets=lambda _: {0: 2_000},
+        ask_ends=lambda _: {},
+    )
+    with closing(inside(reader)):
+        reader._consumer = cast("Consumer", failing := _Failing())
+        reader.assign({0: 0})
+        with pytest.raises(PipelineError):
+            reader.poll(record_count_max=2_000, bytes_max=2**20, timeout_s=0.1)
+        (records,) = reader.poll(record_count_max=2_000, bytes_max=2**20, timeout_s=0.1)
+    assert (failing.calls, records.next_offset, [*records.offsets]) == (7, 2_000, [*range(2_000)])
+    assert {*records.at_ms} == {5}

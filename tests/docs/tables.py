@@ -18,7 +18,7 @@ from pipeline.ingest.openmetrics import parse_pushed
 from pipeline.ingest.otlp import JSON, parse_export
 from pipeline.ingest.statsd_mapping import LINE_VIEWS
 from pipeline.metrics import CATALOGUE
-from pipeline.ports import Pushed
+from pipeline.pushed import Pushed
 from pipeline.settings import (
     GROUPS,
     ClientSettings,
@@ -126,6 +126,7 @@ TEXTS = {
 _POINT = {"timeUnixNano": "1", "startTimeUnixNano": "1"}
 _NUMBER = {**_POINT, "asInt": "5"}
 _BUCKETS = {**_POINT, "count": "2", "sum": 1.5, "bucketCounts": ["2", "0"], "explicitBounds": [1]}
+_RUN = {**_POINT, "count": "2", "sum": 2.5, "positive": {"bucketCounts": ["2"]}}
 POINTS: Mapping[str, Any] = {
     "sum, monotonic, delta": {"sum": {"dataPoints": [_NUMBER], "aggregationTemporality": 1, "isMonotonic": True}},
     "sum, monotonic, cumulative": {"sum": {"dataPoints": [_NUMBER], "aggregationTemporality": 2, "isMonotonic": True}},
@@ -134,7 +135,8 @@ POINTS: Mapping[str, Any] = {
     "gauge": {"gauge": {"dataPoints": [_NUMBER]}},
     "histogram, delta": {"histogram": {"dataPoints": [_BUCKETS], "aggregationTemporality": 1}},
     "histogram, cumulative": {"histogram": {"dataPoints": [_BUCKETS], "aggregationTemporality": 2}},
-    "exponential histogram": {"exponentialHistogram": {"dataPoints": [_POINT], "aggregationTemporality": 1}},
+    "exponential histogram, delta": {"exponentialHistogram": {"dataPoints": [_RUN], "aggregationTemporality": 1}},
+    "exponential histogram, cumulative": {"exponentialHistogram": {"dataPoints": [_RUN], "aggregationTemporality": 2}},
     "summary": {"summary": {"dataPoints": [_POINT]}},
 }
 """Metrics of OTLP, of which the table says what they become."""

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
+import random
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -19,15 +22,18 @@ from opentelemetry.proto.collector.metrics.v1.metrics_service_pb2 import (
     ExportMetricsServiceRequest,
     ExportMetricsServiceResponse,
 )
-from opentelemetry.sdk.metrics import Counter, Histogram, MeterProvider, ObservableCounter
+from opentelemetry.sdk.metrics import Counter as SdkCounter
+from opentelemetry.sdk.metrics import Histogram, MeterProvider, ObservableCounter
 from opentelemetry.sdk.metrics.export import AggregationTemporality, PeriodicExportingMetricReader
+from opentelemetry.sdk.metrics.view import ExponentialBucketHistogramAggregation
 from opentelemetry.sdk.resources import Resource
 
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, Unavailable
 from pipeline.ingest.otlp import parse_export
 from pipeline.ingest.totals import RunningTotals
-from pipeline.ports import RawDelta, RequestKey, RunningTotal
+from pipeline.ports import RawDelta, RequestKey
+from pipeline.pushed import RunningTotal
 from pipeline.query.fairness import FairTurns
 from pipeline.settings import QuerySettings
 from tests.query.support import Reply, Server, World, serving
@@ -68,13 +74,19 @@ def series(server: Server, view: str, *labels: str) -> dict[tuple[str, ...], Any
     return {tuple(row["labels"].get(label) for label in labels): row["value"] for row in rows}
 
 
+def left_out(server: Server) -> Counter[str]:
+    """Return the points that were left out until now, by reason."""
+    found = server.get("/v1/status").json()["ingest_left_out"]
+    return Counter({it["reason"]: it["count"] for it in found if it["protocol"] == "otlp"})
+
+
 @pytest.mark.parametrize("compression", ["none", "gzip"])
 @pytest.mark.parametrize("temporality", [DELTA, CUMULATIVE])
 def test_the_sdk_exports(server: Server, temporality: AggregationTemporality, compression: str) -> None:
     """Counters, gauges and histograms of two processes, each with several exports, by the SDK's own exporter."""
     prefix = f"sdk.{temporality.name}.{compression}".lower()
     view = prefix.replace(".", "_")
-    kinds = dict.fromkeys((Counter, Histogram, ObservableCounter), temporality)
+    kinds = dict.fromkeys((SdkCounter, Histogram, ObservableCounter), temporality)
     for process in (1, 2):
         exporter = OTLPMetricExporter(
             f"{server.url}/v1/metrics", preferred_temporality=kinds, compression=Compression(compression)
@@ -104,6 +116,64 @@ def test_the_sdk_exports(server: Server, temporality: AggregationTemporality, co
     found = {it["name"]: it for it in server.get("/v1/views").json()["views"]}
     assert found[f"{view}_jobs"]["monotone"] is found[f"{view}_took_bucket"]["monotone"] is True
     assert found[f"{view}_jobs"]["labels"] == ["n", "ok", "queue_name", "service_name"]
+
+
+@pytest.mark.parametrize("temporality", [DELTA, CUMULATIVE])
+def test_the_sdk_exports_exponential_histograms(server: Server, temporality: AggregationTemporality) -> None:
+    """Count, sum and extremes are exact, and quantiles as near as their bound says, though resolutions differ."""
+    name = f"exponential.{temporality.name}".lower()
+    exact: list[float] = []
+    for process, scale in ((1, 20), (2, 3)):
+        aggregation = ExponentialBucketHistogramAggregation(max_size=160, max_scale=scale)
+        exporter = OTLPMetricExporter(
+            f"{server.url}/v1/metrics",
+            preferred_temporality={Histogram: temporality},
+            preferred_aggregation={Histogram: aggregation},
+        )
+        reader = PeriodicExportingMetricReader(exporter, export_interval_millis=3_600_000)
+        provider = MeterProvider([reader], Resource({"service.name": "shop"}))
+        took = provider.get_meter("test").create_histogram(name)
+        draw = random.Random(process)
+        for number in range(4):
+            for _ in range(250):
+                exact.append(draw.choice([0, 1, 1, 1]) * draw.lognormvariate(number, number))
+                took.record(exact[-1])
+            assert provider.force_flush()
+        provider.shutdown()
+    quantiles = [0, 0.01, 0.1, 0.5, 0.9, 0.999, 1]
+    server.world.fold()
+    (found,) = server.view(name.replace(".", "_"), *[("q", q) for q in quantiles])["series"]
+    value = found["value"]
+    assert (value["count"], value["min"], value["max"]) == (len(exact), min(exact), max(exact))
+    assert value["sum"] == pytest.approx(math.fsum(exact))
+    for quantile, of in zip(quantiles, value["quantiles"].values(), strict=True):
+        true = sorted(exact)[max(1, math.ceil(quantile * len(exact))) - 1]
+        assert of == pytest.approx(true, rel=value["relative_error"]), quantile
+    assert value["relative_error"] < 0.1
+
+
+@pytest.mark.parametrize("temporality", [1, 2])
+def test_exponential_totals_and_deltas(server: Server, temporality: int) -> None:
+    """A repeat counts once, a point without observations makes nothing, and a total of which a bucket falls is refused."""
+    name = f"buckets_{temporality}"
+
+    def send(at: int, *counts: int) -> Any:
+        buckets = {"count": sum(counts), "sum": 2.0 * sum(counts), "positive": {"offset": 0, "bucketCounts": counts}}
+        of = {**point(0, at, 10**18 * 4), "scale": 0, **buckets}
+        of.pop("asInt")
+        request = export({"name": name, "exponentialHistogram": {"dataPoints": [of], "aggregationTemporality": temporality}})
+        replies = [post(server, as_protobuf(request), PROTOBUF) for _ in range(2)]
+        assert {reply.status for reply in replies} == {200}
+        return replies[0].body
+
+    assert send(1) == send(2, 1, 0, 2) == b""
+    assert send(3, 1, 0, 2) == send(4, 1, 1, 3) == b""
+    found = series(server, name)[()]
+    assert (found["count"], found["sum"]) == ((11, 22) if temporality == 1 else (5, 10))
+    assert (1 < found["min"] <= 2, 4 < found["max"] <= 8) == (True, True)
+    assert (b"falls" in send(5, 0, 9, 3)) == (temporality == 2)
+    assert send(6, 0, 9, 4) == b""
+    assert series(server, name)[()]["count"] == (11 + 12 + 13 if temporality == 1 else 6)
 
 
 @pytest.mark.parametrize("temporality", [1, 2])
@@ -153,6 +223,7 @@ def test_what_is_left_out_is_told(server: Server) -> None:
     metrics += [
         {"name": "told.x", "summary": quantiles},
         {"name": "told.y", "exponentialHistogram": quantiles},
+        {"name": "told.e", "exponentialHistogram": {"dataPoints": [unfit], "aggregationTemporality": 1}},
         {"name": "1/-é", "gauge": {"dataPoints": [point(1)]}},
         {"name": "told/z", "sum": {"dataPoints": [point(1)]}},
         {"name": "told.a_b", "gauge": {"dataPoints": [point(1)]}},
@@ -160,15 +231,13 @@ def test_what_is_left_out_is_told(server: Server) -> None:
         {"name": "told.h", "histogram": {"dataPoints": [unfit], "aggregationTemporality": 1}},
         {"name": "told.s", "sum": {"dataPoints": [point(1)], "aggregationTemporality": 2, "isMonotonic": True}},
     ]  # fmt: skip
-    expected = {"value": 1, "labels": 2, "timestamp": 1, "summary": 1, "exponential_histogram": 1, "name": 1}
-    expected |= {"temporality": 1, "collision": 1, "buckets": 1, "start": 1}
+    expected = {"value": 1, "labels": 2, "timestamp": 1, "summary": 1, "name": 1}
+    expected |= {"temporality": 2, "collision": 1, "buckets": 2, "start": 1}
+    before = left_out(server)
     answer = post(server, request).json()["partialSuccess"]
     assert answer["rejectedDataPoints"] == str(sum(expected.values()))
     assert all(f"{reason}: " in answer["errorMessage"] for reason in expected)
-    found = {
-        it["reason"]: it["count"] for it in server.get("/v1/status").json()["ingest_left_out"] if it["protocol"] == "otlp"
-    }
-    assert found == expected
+    assert left_out(server) - before == expected
     assert series(server, "told") == {(): 4}
     body = ExportMetricsServiceRequest()
     body.resource_metrics.add().scope_metrics.add().metrics.add(name="t").summary.data_points.add()
@@ -350,6 +419,28 @@ BUCKETS = st.builds(
     st.lists(st.sampled_from(["0", "1"]), max_size=3),
 )
 
+RUNS = st.none() | st.builds(
+    lambda offset, counts: {"offset": offset, "bucketCounts": counts},
+    st.integers(-9, 9),
+    st.lists(st.integers(0, 2), max_size=3),
+)
+EXPONENTIAL = st.builds(
+    lambda count, scale, zeros, positive, negative, ends: {
+        **{key: value for key, value in (("positive", positive), ("negative", negative)) if value},
+        "count": str(count),
+        "sum": 1.5,
+        "scale": scale,
+        "zeroCount": zeros,
+        **ends,
+    },
+    st.integers(0, 3),
+    st.integers(-6, 20),
+    st.sampled_from(["0", "1"]),
+    RUNS,
+    RUNS,
+    st.sampled_from([{}, {"min": 0, "max": 0}, {"zeroThreshold": 0.5, "min": "Infinity"}]),
+)
+
 
 def drawn(kind: str, points: list[tuple[Any, Any, str, str]], temporality: int, monotone: bool) -> dict[str, Any]:
     """Return the data of a metric."""
@@ -357,14 +448,14 @@ def drawn(kind: str, points: list[tuple[Any, Any, str, str]], temporality: int, 
         {**value, "attributes": attributes, "timeUnixNano": at, "startTimeUnixNano": start}
         for value, attributes, at, start in points
     ]
-    more = {"gauge": {}, "histogram": {"aggregationTemporality": temporality}}
+    more = {"gauge": {}, **{it: {"aggregationTemporality": temporality} for it in ("histogram", "exponentialHistogram")}}
     return {kind: {"dataPoints": found, **more.get(kind, {"aggregationTemporality": temporality, "isMonotonic": monotone})}}
 
 
 DATA = st.builds(
     drawn,
-    st.sampled_from(["gauge", "sum", "histogram"]),
-    st.lists(st.tuples(NUMBERS | BUCKETS, ATTRIBUTES, TIMES, TIMES), max_size=3),
+    st.sampled_from(["gauge", "sum", "histogram", "exponentialHistogram"]),
+    st.lists(st.tuples(NUMBERS | BUCKETS | EXPONENTIAL, ATTRIBUTES, TIMES, TIMES), max_size=3),
     st.integers(0, 2),
     st.booleans(),
 )

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from confluent_kafka import ConsumerGroupTopicPartitions, IsolationLevel, KafkaException, TopicCollection, TopicPartition
 from confluent_kafka.admin import AdminClient, ClusterMetadata, ConfigResource, OffsetSpec
 
+from pipeline.adapters.kafka import batches
 from pipeline.adapters.kafka.errors import LastError, Verdict, code_of, describe, error_of, translate
 from pipeline.adapters.kafka.metadata import Metadata, id_text
 from pipeline.adapters.kafka.options import Address, admin_options, reader_options, transaction_options
@@ -264,6 +265,10 @@ class KafkaLog:
             check=self._metadata.check,
             broker_topic=self.address.topic,
         )
+
+    def produces_at_once(self) -> bool:
+        """Return whether transactions produce thousands of messages in one call; see `kafka.batches`."""
+        return batches.are_in_use(self._settings.kafka)
 
     def append(self, messages: Sequence[Message], *, timeout_s: float) -> list[int | PipelineError]:
         """Append outside transactions; see `ports.LogWriter`."""

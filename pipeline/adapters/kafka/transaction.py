@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from confluent_kafka import KafkaError, KafkaException, Producer
 from confluent_kafka import Message as Delivered
 
+from pipeline.adapters.kafka.batches import BatchProducer, new_producer
 from pipeline.adapters.kafka.errors import Verdict, code_of, describe, error_of, translate, verdict_of
 from pipeline.errors import Discontinuous, Displaced, Fenced, PipelineError, Unavailable
 from pipeline.ports import NO_BEGINS, Begins, Clock, Message, check_begins
@@ -105,7 +106,8 @@ class KafkaTransaction:
         """Offsets behind the records of the last transaction, by the partitions that it wrote to."""
         self._was_away = False
         """True if no broker could be reached at some time since the last transaction was committed."""
-        self._producer: Producer | None = Producer({**revealed(options), "error_cb": self._note_error})
+        self._producer: Producer | None
+        self._producer, self._batches = new_producer({**revealed(options), "error_cb": self._note_error})
         deadline_s = clock.monotonic_s() + timeout_s
         try:
             self._until_decided(self._producer.init_transactions, deadline_s, "start")
@@ -238,17 +240,35 @@ class KafkaTransaction:
         topic, partition, messages = run
         name, report = self._broker_topic(topic), reports.callback(topic, partition)
         silent = 0 if reports.every else len(messages) - 1
-        produce = producer.produce
         if silent:
             first = messages[0]
             self._produce_in_time(producer, (name, first.value, first.key, partition, report), deadline_s)
-        for message in messages[1:silent]:
-            try:
-                produce(name, message.value, message.key, partition)
-            except BufferError:
-                self._produce_in_time(producer, (name, message.value, message.key, partition), deadline_s)
+        if self._batches is not None:
+            self._produce_at_once(producer, self._batches, run, silent, deadline_s)
+        else:
+            produce = producer.produce
+            for message in messages[1:silent]:
+                try:
+                    produce(name, message.value, message.key, partition)
+                except BufferError:
+                    self._produce_in_time(producer, (name, message.value, message.key, partition), deadline_s)
         for message in messages[silent:]:
             self._produce_in_time(producer, (name, message.value, message.key, partition, report), deadline_s)
+
+    def _produce_at_once(
+        self, producer: Producer, batches: BatchProducer, run: _MessageRun, end: int, deadline_s: float
+    ) -> None:
+        """Produce the messages of a run between the first and number `end`, without reports; raise what `produce` would."""
+        topic, partition, messages = run
+        number = 1
+        while number < end:
+            number, code = batches.produce(self._broker_topic(topic), partition, messages, number, end)
+            if code == KafkaError._QUEUE_FULL:
+                if self._clock.monotonic_s() >= deadline_s:
+                    raise BufferError
+                producer.poll(_WAIT_S)
+            elif code:
+                raise KafkaException(KafkaError(code, f"Unable to produce message: {KafkaError(code).str()}"))
 
     def _produce_in_time(self, producer: Producer, arguments: tuple[Any, ...], deadline_s: float) -> None:
         while True:
@@ -308,6 +328,6 @@ class KafkaTransaction:
 
     def close(self) -> None:
         """Drop the producer. The next owner, or a time-out, aborts its open transaction. Idempotent."""
-        producer, self._producer = self._producer, None
+        producer, self._producer, self._batches = self._producer, None, None
         if producer is not None:
             producer.purge()

@@ -90,7 +90,11 @@ def index_of(value: float) -> int:
 
 
 _LOWEST, _HIGHEST = index_of(LEAST), (BITS_MAX << SCHEMA_MAX) - 1
-"""First and last bucket that a number can be in."""
+
+
+def places(schema: int) -> tuple[int, int]:
+    """Return the first and the last bucket of a schema that a number can be in."""
+    return _LOWEST >> SCHEMA_MAX - schema, _HIGHEST >> SCHEMA_MAX - schema
 
 
 def bound_of(power: int, schema: int) -> float:
@@ -180,7 +184,8 @@ def relative_error(schema: int) -> float:
     return ceil((exp2(exp2(-schema - 1)) - 1) * 10**6) / 10**6
 
 
-def _middle(index: int, schema: int) -> float:
+def middle_of(index: int, schema: int) -> float:
+    """Return the geometric middle of a bucket."""
     return exp2(ldexp(2 * index + 1, -schema - 1))
 
 
@@ -188,11 +193,11 @@ def _in_order(state: State) -> Iterator[tuple[float, int]]:
     """Yield the middle and the count of each bucket, from the least numbers to the largest."""
     _, _, _, schema, zeros, positive, negative = state
     for index in sorted(negative, reverse=True):
-        yield -_middle(index, schema), negative[index]
+        yield -middle_of(index, schema), negative[index]
     if zeros:
         yield 0, zeros
     for index in sorted(positive):
-        yield _middle(index, schema), positive[index]
+        yield middle_of(index, schema), positive[index]
 
 
 def quantiles_of(state: State, quantiles: Sequence[float]) -> list[float]:
@@ -238,7 +243,7 @@ def _buckets(gaps: Sequence[int], counts: Sequence[int], schema: int) -> Buckets
     if not gaps:
         return {}
     indexes = [*map(operator.add, accumulate(gaps), range(len(gaps)))]
-    first, last = _LOWEST >> SCHEMA_MAX - schema, _HIGHEST >> SCHEMA_MAX - schema
+    first, last = places(schema)
     if min(gaps[1:], default=0) < 0 or indexes[0] < first or indexes[-1] > last:
         raise BadRecord(f"histogram: buckets that do not rise, or beyond {first} to {last}, with schema {schema}")
     return dict(zip(indexes, counts, strict=True))

@@ -1,10 +1,11 @@
-//! The native core of `pipeline`: what is done per delta, and per entry of a scan. Its specifications are
-//! `pipeline/publisher/table.py` and `pipeline/query/grouping.py`.
+//! The native core of `pipeline`: what is done per delta, per entry of a scan, and per message of a commit. Its specifications
+//! are `pipeline/publisher/table.py`, `pipeline/query/grouping.py` and `pipeline/adapters/kafka/transaction.py`.
 
 mod convert;
 mod fork;
 mod groups;
 mod histogram;
+mod kafka;
 mod labels;
 mod local;
 mod python;
@@ -19,7 +20,7 @@ mod wire;
 use pyo3::prelude::*;
 
 /// Rises with every change of what Python sees of this crate; `pipeline/native/__init__.py` names the one that it needs.
-const VERSION: u32 = 8;
+const VERSION: u32 = 9;
 
 #[pymodule(gil_used = false)]
 fn pipeline_native(m: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -27,6 +28,7 @@ fn pipeline_native(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("SOURCES", option_env!("PIPELINE_NATIVE_SOURCES").unwrap_or(""))?;
     fork::watch();
     groups::register(m)?;
+    kafka::register(m)?;
     python::register(m)?;
     view::register(m)
 }
