@@ -1,4 +1,4 @@
-"""This pipeline beside other tools that keep totals of a stream, on one real broker.
+"""Benchmark of this pipeline beside other tools that keep totals of a stream, on one real broker.
 
 Each tool in turn gets the same deltas on as many partitions of the same broker, commits at the same interval, and keeps its
 totals in a store with a changelog. CPU is that of the publisher's and the worker's process, from the first delta to the
