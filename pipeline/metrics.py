@@ -220,6 +220,9 @@ INGEST_LINES = Metric(
     "Lines of StatsD, and samples of POST /v1/openmetrics, that came in, the malformed among them.",
     ("protocol",),
 )
+TOTAL_STREAMS = Metric(
+    "pipeline_otlp_streams", "gauge", "Streams of totals that are remembered; at otlp_streams_max the oldest are forgotten."
+)
 INGEST_MALFORMED = Metric(
     "pipeline_ingest_malformed_total",
     "counter",

@@ -5,7 +5,7 @@ Offsets are Kafka's: they rise within a partition, can have holes, and every `ne
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -354,7 +354,7 @@ class RawDelta(NamedTuple):
     kind: str
     labels: Mapping[str, str]
     value: object
-    """What its kind takes, or a `Distribution` for a histogram."""
+    """Value that its kind takes, or a `Distribution` for a histogram."""
     ts_ms: int | None = None
     window_s: int | None = None
     monotone: bool | None = None
@@ -380,31 +380,6 @@ class Refusal(NamedTuple):
     reason: str
     """One word out of a few."""
     detail: str
-
-
-class RunningTotal(NamedTuple):
-    """Totals of a stream since its start, of which only the increase since the last ones counts."""
-
-    line: int
-    stream: Hashable
-    """Identifies the stream, its start included."""
-    start_ns: int
-    at_ns: int
-    """Time of the totals; 0: unknown, then the greater ones are the newer."""
-    deltas: Sequence[RawDelta]
-    """The totals, in place of deltas."""
-
-
-class Pushed(NamedTuple):
-    """Content of a text of metrics, or of an export, whose points have numbers in place of lines."""
-
-    deltas: Sequence[RawDelta]
-    lines: Sequence[int]
-    """Line number of each delta."""
-    refused: Sequence[Refusal]
-    whole: bool = True
-    """False: the text has more samples than may be taken at once, and was not read to its end."""
-    totals: Sequence[RunningTotal] = ()
 
 
 class Orders(Protocol):
@@ -442,17 +417,6 @@ class Ingest(Orders, Protocol):
         saying which batch is wrong and why, or `GroupsRefused` if only some of its groups are wrong, `GroupsForbidden` if
         they are outside the `bounds` of the access token; then none of the batches is accepted. Raises `Unavailable` if any
         of them may be: send the same bytes again.
-        """
-        ...
-
-
-class TotalsPublisher(Protocol):
-    """Publishes the increases of totals. Safe from any thread."""
-
-    def publish(self, totals: Sequence[RunningTotal], key: RequestKey) -> tuple[Token, list[Refusal]]:
-        """Publish the increases; return what was left out. `key` identifies the request and its repeats.
-
-        Raises `Unavailable` if they may be published: the request can be repeated, and counts once.
         """
         ...
 

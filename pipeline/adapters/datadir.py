@@ -114,6 +114,11 @@ class DataDir:
         """Folder of the stores; the log can restore everything in it."""
         return self.path / "stores"
 
+    @property
+    def totals(self) -> Path:
+        """File with the totals that are published; see `TotalsFile`."""
+        return self.path / "totals.db"
+
     def close(self) -> None:
         """Release the lock. Idempotent."""
         if self._lock >= 0:

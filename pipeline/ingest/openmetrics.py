@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 from pipeline.core.exposition import bound_text
 from pipeline.ingest.totals import stream_digest
-from pipeline.ports import Pushed, RawDelta, Refusal, RunningTotal
+from pipeline.ports import RawDelta, Refusal
+from pipeline.pushed import Pushed, RunningTotal
 
 OPENMETRICS = "application/openmetrics-text"
 _ADD, _BUCKET, _NEWEST, _NEWEST_BUCKET, _CREATED, _QUANTILE, _NONE = (

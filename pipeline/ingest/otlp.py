@@ -37,7 +37,8 @@ from pipeline.core.otlp_wire import (
 from pipeline.core.statsd import prometheus_name
 from pipeline.errors import BadRecord, Invalid
 from pipeline.ingest.totals import stream_digest
-from pipeline.ports import Pushed, RawDelta, Refusal, RunningTotal
+from pipeline.ports import RawDelta, Refusal
+from pipeline.pushed import Pushed, RunningTotal
 
 JSON = "application/json"
 _BRACES_A_POINT = 16

@@ -1,63 +1,85 @@
 """Publishes the increases of running totals, of which each export or push repeats what it had before.
 
-What is published of each stream is known to this process alone. So all totals of a stream must come here, and after a
-restart the first total of a stream that is older than the process is no increase that could be counted: it is refused, and
-those that follow count from it.
+What is published of each stream is known to one process, and to its memory on disk if it has one. So all totals of a stream
+must come here. The first total of a stream that may have been counted in part, because it has begun before anything is
+known here, is no increase that could be counted: it is refused, and those that follow count from it.
+
+With a memory a crash at any moment neither loses nor doubles an increase:
+
+- before increases are sent they are saved, with their key, and with the totals that they lead to. After a crash they are
+  sent again before anything else; tasks count a key once, so it does not matter whether they were sent before;
+- a request that ends before is not saved, and its totals come again, greater or not;
+- increases that are so old that tasks may have forgotten the key are not sent again: they may be lost, but not doubled.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
+from contextlib import suppress
 from hashlib import sha256
 from math import isfinite
-from typing import Any, NamedTuple
+from typing import Any
 
+import pipeline.metrics as m
 from pipeline.core.distribution import Distribution
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, Unavailable
-from pipeline.ports import Clock, Ingest, RawDelta, Refusal, RequestKey, RunningTotal
+from pipeline.metrics import NO_METRICS, Metrics
+from pipeline.ports import Clock, Ingest, RawDelta, Refusal, RequestKey
+from pipeline.pushed import RunningTotal, SavedTotals, SentIncreases, StreamTotals, TotalsMemory
 
+_log = logging.getLogger(__name__)
 _WAIT_S = 5.0
 """Longest wait for other requests: a burst of pushes is worked on one by one, while clients of pushes do not try again."""
-_BEGAN_BEFORE = "began before this server did: totals count from here on, what it had before may not be counted"
+_BEGAN_BEFORE = "began before this server knew totals: they count from here on, what it had before may not be counted"
 _STARTS_NOW = "starts at its own time, so its start is not known: totals count from here on"
 """OTLP's mark of a stream that is resumed, as the Collector does for each target that it begins to scrape."""
 
 
-class _StreamTotals(NamedTuple):
-    start_ns: int
-    at_ns: int
-    values: tuple[Any, ...]
-
-
-class _SentIncreases(NamedTuple):
-    """Increases whose outcome is not known: they are sent again, under the same key, before any others."""
-
-    deltas: list[RawDelta]
-    lines: list[int]
-    key: RequestKey
-    known: dict[Hashable, _StreamTotals]
-
-
 class RunningTotals:
-    """A `ports.TotalsPublisher`, with the streams of totals and what is published of them.
+    """A `pushed.TotalsPublisher`, with the streams of totals and what is published of them.
 
     One request at a time is worked on.
     """
 
-    def __init__(self, ingest: Ingest, clock: Clock, streams_max: int) -> None:
+    def __init__(
+        self,
+        ingest: Ingest,
+        clock: Clock,
+        streams_max: int,
+        memory: TotalsMemory | None = None,
+        *,
+        resend_ms: int = 0,
+        metrics: Metrics = NO_METRICS,
+    ) -> None:
+        """Increases that are not older than `resend_ms` can be sent again after a restart."""
         self._ingest = ingest
+        self._clock = clock
         self._streams_max = streams_max
+        self._memory = memory
+        self._metrics = metrics
         self._lock = threading.Lock()
-        self._known: dict[Hashable, _StreamTotals] = {}
-        """By stream, what is published of it; the one that has not come for longest is the first."""
-        self._known_from_ns = clock.now_ms() * 1_000_000
-        """Streams that have begun before, and are not known, may have been counted in part."""
-        self._sent: _SentIncreases | None = None
+        saved = memory.load() if memory is not None else None
+        self._known, self._known_from_ns, self._sent = saved or SavedTotals({}, clock.now_ms() * 1_000_000)
+        self._unsaved: dict[bytes, StreamTotals | None] = {}
+        """Changes of what is known since it was saved."""
+        if saved is None:
+            self._save(None)
+        elif self._sent is not None and clock.now_ms() - self._sent.at_ms > resend_ms:
+            _log.warning("%s increases of totals are too old to be sent again; they may be lost", len(self._sent.deltas))
+            self._learn(self._sent)
+            self._sent = None
+        metrics.set(m.TOTAL_STREAMS, len(self._known))
+
+    def _save(self, sent: SentIncreases | None) -> None:
+        if self._memory is not None:
+            self._memory.save(self._unsaved, self._known_from_ns, sent)
+            self._unsaved = {}
 
     def publish(self, totals: Sequence[RunningTotal], key: RequestKey) -> tuple[Token, list[Refusal]]:
-        """Publish the increases; see `ports.TotalsPublisher`."""
+        """Publish the increases; see `pushed.TotalsPublisher`."""
         if not self._lock.acquire(timeout=_WAIT_S):
             raise Unavailable("other totals are being published")
         try:
@@ -71,8 +93,8 @@ class RunningTotals:
         finally:
             self._lock.release()
 
-    def _increases(self, totals: Sequence[RunningTotal], key: RequestKey) -> tuple[_SentIncreases, list[Refusal]]:
-        sent, refused = _SentIncreases([], [], key, {}), list[Refusal]()
+    def _increases(self, totals: Sequence[RunningTotal], key: RequestKey) -> tuple[SentIncreases, list[Refusal]]:
+        sent, refused = SentIncreases([], [], key, {}, self._clock.now_ms()), list[Refusal]()
         for it in totals:
             values: tuple[Any, ...] = tuple([delta.value for delta in it.deltas])
             if not all(map(_is_finite, values)):
@@ -91,7 +113,7 @@ class RunningTotals:
             if falls and not it.at_ns:
                 refused.append(Refusal(it.line, "falls", "a total below an earlier one of this start: it was overtaken"))
                 continue
-            sent.known[it.stream] = _StreamTotals(it.start_ns, it.at_ns, values)
+            sent.known[it.stream] = StreamTotals(it.start_ns, it.at_ns, values)
             unknown = it.start_ns < self._known_from_ns or it.start_ns == it.at_ns
             if before is None and unknown:
                 why = _STARTS_NOW if it.start_ns == it.at_ns else _BEGAN_BEFORE
@@ -106,27 +128,41 @@ class RunningTotals:
                     sent.lines.append(it.line)
         return sent, refused
 
-    def _send(self, sent: _SentIncreases) -> tuple[Token, list[Refusal]]:
+    def _send(self, sent: SentIncreases) -> tuple[Token, list[Refusal]]:
         """Append increases, and note what is published by now; return their token, and those that were left out."""
         token, refused = Token(), list[Refusal]()
         if sent.deltas:
-            again, self._sent = self._sent is not None, sent
+            again = self._sent is not None
+            if not again:
+                self._save(sent)
+            self._sent = sent
             try:
                 token, unfit = self._ingest.fitting(sent.deltas, sent.key)
                 refused = [it._replace(line=sent.lines[it.line]) for it in unfit]
             except Invalid as error:
                 self._sent = None
                 if not again:
+                    with suppress(Unavailable):
+                        self._save(None)
                     raise
                 refused = [Refusal(line, "refused", f"not known whether it counts: {error}") for line in {*sent.lines}]
         self._sent = None
+        self._learn(sent)
+        return token, refused
+
+    def _learn(self, sent: SentIncreases) -> None:
+        """Note what is published by now."""
         for stream, known in sent.known.items():
             self._known.pop(stream, None)
             self._known[stream] = known
+        changes: dict[bytes, StreamTotals | None] = {**sent.known}
         while len(self._known) > self._streams_max:
-            gone = self._known.pop(next(iter(self._known)))
-            self._known_from_ns = max(self._known_from_ns, gone.start_ns + 1)
-        return token, refused
+            stream = next(iter(self._known))
+            self._known_from_ns = max(self._known_from_ns, self._known.pop(stream).start_ns + 1)
+            changes[stream] = None
+        if self._memory is not None:
+            self._unsaved |= changes
+        self._metrics.set(m.TOTAL_STREAMS, len(self._known))
 
 
 def _increase(now: Any, then: Any) -> Any:

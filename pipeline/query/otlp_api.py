@@ -20,7 +20,8 @@ from pipeline.core.protobuf import bytes_field, int_field, text_field
 from pipeline.errors import PipelineError
 from pipeline.left_out import LeftOut
 from pipeline.metrics import Metrics
-from pipeline.ports import Ingest, Pushed, Refusal, RequestKey, TotalsPublisher
+from pipeline.ports import Ingest, Refusal, RequestKey
+from pipeline.pushed import Pushed, TotalsPublisher
 from pipeline.query.bodies import OTLP_TYPES, BodyRoom, RequestBodies, unzipped
 from pipeline.query.fairness import FairTurns, writer_of
 from pipeline.query.guard import note_refusal

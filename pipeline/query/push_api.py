@@ -23,7 +23,8 @@ from pipeline.core.token import Token
 from pipeline.errors import Invalid
 from pipeline.left_out import LeftOut
 from pipeline.metrics import Metrics
-from pipeline.ports import Ingest, Pushed, Refusal, RequestKey, TotalsPublisher
+from pipeline.ports import Ingest, Refusal, RequestKey
+from pipeline.pushed import Pushed, TotalsPublisher
 from pipeline.query.bodies import PUSH_TYPES
 from pipeline.query.idempotency import HEADER as KEY_HEADER
 from pipeline.query.idempotency import UsedKeys, parse_key, path_within

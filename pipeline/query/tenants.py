@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pipeline.core.answer import PartitionStatus, Status
 from pipeline.core.grants import Bounds
 from pipeline.errors import Forbidden
-from pipeline.ports import Pushed, RawDelta, Refusal
+from pipeline.ports import RawDelta, Refusal
+from pipeline.pushed import Pushed
 
 OUTSIDE = "bounds"
 """Reason for leaving out a sample that is outside the bounds of the token."""

@@ -13,6 +13,7 @@ from pipeline.adapters.datadir import DataDir
 from pipeline.adapters.embedded.cleaner import END_OFFSET_MAX, Cleaner
 from pipeline.adapters.embedded.log import EmbeddedLog
 from pipeline.adapters.rocks import RocksStores
+from pipeline.adapters.totals_file import TotalsFile
 from pipeline.core.answer import Status
 from pipeline.errors import NotReady
 from pipeline.ingest.gateway import Gateway
@@ -71,6 +72,7 @@ class Engine:
             self._data.close()
             raise
         self._series_max = worker.series_max
+        self.totals = TotalsFile(self._data.totals, self.log.topic_id(DELTAS), self.clock.now_ms)
         self._cleaner = Cleaner(self.log, log_settings, self.clock, metrics, self._keep_from)
         self._stores = RocksStores(self._data.stores, log_settings)
         self.partitions: Sequence[OwnedPartition] = [
@@ -151,6 +153,7 @@ class Engine:
             self._cleaner.stop()
             self._stores.close()
             self.log.close()
+            self.totals.close()
             self._data.close()
         return done
 

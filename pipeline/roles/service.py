@@ -24,6 +24,8 @@ from pipeline.ingest.otlp import parse_export
 from pipeline.ingest.totals import RunningTotals
 from pipeline.metrics import Metrics
 from pipeline.ports import Ingest
+from pipeline.publisher.sender import held_after_ms
+from pipeline.pushed import TotalsMemory
 from pipeline.query.access import Access
 from pipeline.query.api import create_app, create_operations_app
 from pipeline.query.dead_letters import DeadLetters
@@ -178,7 +180,10 @@ def embedded_service(config: Config, on_progress: OnProgress = _ignore) -> Servi
             **hooks._asdict(),
         )
 
-    return Service(config, "up", make, partial(_query_app, config.query, alone=True), on_progress)
+    def make_app(engine: Engine, metrics: PrometheusMetrics, access: Access | None) -> Any:
+        return _query_app(config, engine, metrics, access, engine.totals)
+
+    return Service(config, "up", make, make_app, on_progress)
 
 
 def worker_service(
@@ -243,7 +248,7 @@ def query_service(
             **hooks._asdict(),
         )
 
-    return Service(config, "server", make, partial(_query_app, config.query), on_progress)
+    return Service(config, "server", make, partial(_query_app, config), on_progress)
 
 
 def gather_service(config: Config, urls: Sequence[str], on_progress: OnProgress = _ignore) -> Service[Gatherer]:
@@ -260,12 +265,14 @@ def gather_service(config: Config, urls: Sequence[str], on_progress: OnProgress 
 
 
 def _query_app(
-    settings: QuerySettings, role: QueryRole, metrics: PrometheusMetrics, access: Access | None, *, alone: bool = False
+    config: Config, role: QueryRole, metrics: PrometheusMetrics, access: Access | None, memory: TotalsMemory | None = None
 ) -> Any:
-    """Return the application of a server; `alone` it is the only one of its log."""
-    totals = None
-    if role.ingest is not None and (alone or settings.otlp_totals):
-        totals = RunningTotals(role.ingest, SystemClock(), settings.otlp_streams_max)
+    """Return the application of a server; one with a `memory` is the only one of its log."""
+    settings, totals = config.query, None
+    if role.ingest is not None and (memory is not None or settings.otlp_totals):
+        resend_ms = held_after_ms(config.worker.producer_ttl_ms)
+        most = settings.otlp_streams_max
+        totals = RunningTotals(role.ingest, SystemClock(), most, memory, resend_ms=resend_ms, metrics=metrics)
     return create_app(
         role.reader,
         role.ingest,

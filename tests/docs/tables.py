@@ -18,7 +18,7 @@ from pipeline.ingest.openmetrics import parse_pushed
 from pipeline.ingest.otlp import JSON, parse_export
 from pipeline.ingest.statsd_mapping import LINE_VIEWS
 from pipeline.metrics import CATALOGUE
-from pipeline.ports import Pushed
+from pipeline.pushed import Pushed
 from pipeline.settings import (
     GROUPS,
     ClientSettings,

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry, Counter, push_to_gateway
 
+from pipeline import Reader
 from pipeline.adapters.clock import SystemClock
 from pipeline.core.query import Query
 from pipeline.core.record import Control
@@ -18,7 +20,7 @@ from pipeline.errors import Unavailable
 from pipeline.ports import Message, RawDelta, RequestKey
 from pipeline.roles.embedded import Engine
 from pipeline.settings import LogSettings, WorkerSettings
-from tests.support import wait_until
+from tests.support import UpProcess, everything, wait_until
 
 MANY = [RawDelta("v", "sum", {"n": str(number)}, 1) for number in range(3_000)]
 
@@ -97,3 +99,18 @@ def test_an_order_that_was_cut(tmp_path: Path) -> None:
         assert total(engine, "v", engine.ingest.controls(*reset)) == 0
         engine.ingest.deltas(MANY)
         assert total(engine, "v", engine.ingest.controls(*reset)) == len(MANY)
+
+
+def test_totals_outlive_the_process(tmp_path: Path) -> None:
+    """A job that pushes its totals before and after kill -9 of the server misses nothing, and nothing counts twice."""
+    with UpProcess(tmp_path / "data", "--set", "partitions=1") as up:
+        registry = CollectorRegistry()
+        rows = Counter("rows", "x", registry=registry)
+        rows.inc(5)
+        push_to_gateway(up.url, "job", registry)
+        up.kill()
+        up.start()
+        rows.inc()
+        push_to_gateway(up.url, "job", registry)
+        with Reader(up.url) as reader:
+            assert reader.get("rows_total", by=[], after=everything(reader), timeout_ms=60_000).value() == 6

@@ -25,7 +25,7 @@ from pipeline.adapters.tokens_file import TokensFile
 from pipeline.core.grants import NOTHING, SCOPES, AccessToken, Grant, digest_of, encode_tokens
 from pipeline.core.record import Definition
 from pipeline.errors import Invalid
-from pipeline.ports import Pushed
+from pipeline.pushed import Pushed
 from pipeline.query.access import NEEDED, Access, needed_of
 from pipeline.query.api import create_app, create_operations_app
 from pipeline.query.gather import GatherService

@@ -32,7 +32,8 @@ from pipeline.core.token import Token
 from pipeline.errors import Invalid, Unavailable
 from pipeline.ingest.otlp import parse_export
 from pipeline.ingest.totals import RunningTotals
-from pipeline.ports import RawDelta, RequestKey, RunningTotal
+from pipeline.ports import RawDelta, RequestKey
+from pipeline.pushed import RunningTotal
 from pipeline.query.fairness import FairTurns
 from pipeline.settings import QuerySettings
 from tests.query.support import Reply, Server, World, serving
