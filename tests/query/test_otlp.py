@@ -276,7 +276,7 @@ def test_errors_are_what_clients_of_otlp_read() -> None:
 
 
 class _Away:
-    def fitting(self, deltas: Any, key: Any = None) -> Any:
+    def fitting(self, deltas: Any, key: Any = None, bounds: Any = None) -> Any:
         raise Unavailable("the log is away")
 
 
@@ -287,7 +287,7 @@ class _Log:
         self.counted: dict[RequestKey, int] = {}
         self.away = ""
 
-    def fitting(self, deltas: Any, key: Any = None) -> Any:
+    def fitting(self, deltas: Any, key: Any = None, bounds: Any = None) -> Any:
         if self.away == "before":
             raise Unavailable("away")
         total = sum(delta.value for delta in deltas)
