@@ -97,7 +97,7 @@ def test_a_full_queue_is_waited_for(mock: MockCluster, way: str) -> None:
 def test_a_queue_that_stays_full_is_unavailable(mock: MockCluster, way: str) -> None:
     """A queue that is full until the deadline aborts the commit, and says so, or that the abort, too, had no time."""
     transaction = begun(mock, **{"queue.buffering.max.messages": 2, "linger.ms": 900})
-    with pytest.raises(Unavailable, match="librdkafka's queue stays full|abort of transaction t-0 is undecided"):
+    with pytest.raises(Unavailable, match=r"librdkafka's queue stays full|abort of transaction t-0 is undecided"):
         transaction.commit(numbered(5_000), timeout_s=0.1)
     transaction.close()
 
