@@ -212,6 +212,11 @@ class ActivePartition:
         """Forget the records that were not folded; they are read again."""
         self._unfolded.clear()
 
+    @property
+    def has_unfolded(self) -> bool:
+        """True if records wait to be folded."""
+        return bool(self._unfolded)
+
     def fold(self) -> bool:
         """Fold the records that were read, until none is left or the next commit is as large as it may be.
 

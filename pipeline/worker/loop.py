@@ -390,11 +390,12 @@ class WorkerLoop:
             if not self._actives.starting():
                 self._posted.wait(POLL_INTERVAL_S)
             return
-        for active in folding:
-            self._fold(active)
-        folding = self._actives.folding()  # without partitions whose store was found damaged
-        if not folding:
-            return
+        if waiting := [active for active in folding if active.has_unfolded]:
+            for active in waiting:
+                self._fold(active)
+            folding = self._actives.folding()  # without partitions whose store was found damaged
+            if not folding:
+                return
         if any(active.is_full for active in folding):  # backpressure: nothing more is read until a commit has made room
             self._commits.wait(POLL_INTERVAL_S)
             return
