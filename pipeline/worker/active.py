@@ -280,6 +280,11 @@ class ActivePartition:
         elif self._due_s is None:
             self._due_s = due_s
 
+    def put_off(self, until_s: float) -> None:
+        """Have the next commit wait until then, unless `flush` asked for it."""
+        if self._due_s is not None and self._due_s != _AT_ONCE_S:
+            self._due_s = max(self._due_s, until_s)
+
     def freeze(self) -> int:
         """Note that the overlay is frozen for a commit; return the number of entries that were folded into it."""
         self._is_flush, self._due_s = self._due_s == _AT_ONCE_S, None
