@@ -17,7 +17,7 @@ import pipeline.metrics as m
 from pipeline.core import codec
 from pipeline.core.commit import Commit
 from pipeline.core.letters import shorten
-from pipeline.core.owners import owner_id
+from pipeline.core.owners import owner_id, with_offset
 from pipeline.core.record import (
     EPOCH_NONE,
     FENCE_KEY,
@@ -355,7 +355,10 @@ class OwnedPartition:
                 repairs = self._repairs(without=commit.keys)
                 keys, values = [*repairs, *commit.keys[:-1]], [*repairs.values(), *commit.values[:-1]]
             position = msgspec.structs.replace(
-                commit.position, begin_offset=self._begin, previous_end_offset=self._committed_end
+                commit.position,
+                begin_offset=self._begin,
+                previous_end_offset=self._committed_end,
+                owner_id=with_offset(self._owner_id, self._begin + len(keys)),
             )
             try:
                 self._make_durable(letters, [*keys, POSITION_KEY], [*values, codec.encode_position(position)])
@@ -423,7 +426,10 @@ class OwnedPartition:
         barrier, timeout_s, end = self._fence(), self._settings.commit_timeout_ms / 1000, self._committed_end
         log, clock, undo, metrics = self._log, self._clock, self._undo_offset, self._metrics
         try:
-            self._foreign |= foreign_keys(self.number, log, clock, end, undo, barrier, timeout_s=timeout_s, metrics=metrics)
+            young = self._ask_lag_max_s
+            self._foreign |= foreign_keys(
+                self.number, log, clock, end, undo, barrier, ask_young_s=young, timeout_s=timeout_s, metrics=metrics
+            )
         except StoreCorrupt as error:
             self.distrust(str(error))
             raise
@@ -455,7 +461,7 @@ class OwnedPartition:
 
     def _signed(self, position: Position, last: LastRecord) -> Position:
         epoch, end = last
-        return msgspec.structs.replace(position, leader_epoch=epoch, records_end_offset=end, owner_id=self._owner_id)
+        return msgspec.structs.replace(position, leader_epoch=epoch, records_end_offset=end)
 
     def finish(self, commit: Commit) -> None:
         """Note that the commit is durable."""
