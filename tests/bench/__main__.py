@@ -2,6 +2,8 @@
 
 python -m tests.bench            list of names
 python -m tests.bench NAME [--quick] [--plots=FOLDER]
+python -m tests.bench peers --help     this pipeline beside other tools, as tables
+python -m tests.bench growth --help    cost over series and partitions, as a table
 """
 
 from __future__ import annotations
@@ -75,6 +77,11 @@ def run(name: str, *, quick: bool, plots: Path | None = None) -> list[Row]:
 
 def main(arguments: list[str]) -> None:
     """Run the named benchmark, or list them all."""
+    if arguments[:1] and arguments[0] in ("peers", "growth"):
+        from tests.bench import growth
+        from tests.bench.peers import run as peers
+
+        sys.exit({"peers": peers, "growth": growth}[arguments[0]].main(arguments[1:]))
     names = [argument for argument in arguments if not argument.startswith("--")]
     folders = [Path(argument.removeprefix("--plots=")) for argument in arguments if argument.startswith("--plots=")]
     result: Any

@@ -106,14 +106,14 @@ def _latency(
             cell = publisher.sum("probe").labels()
             try:
                 cell.add(1)
-                _until(server, 1)
+                until_answer(server, 1)
                 rng = random.Random(1)
                 took = []
                 for total in range(2, count + 2):
                     time.sleep(rng.random() * 0.1)
                     started_s = time.monotonic()
                     cell.add(1)
-                    took.append((_until(server, total) - started_s) * 1000)
+                    took.append((until_answer(server, total) - started_s) * 1000)
             finally:
                 server.stop()
         bare = Figure(_bare_ms(url, max(5, count // 10)), "ms", "p50 of produce and consume one message, no transaction")
@@ -125,13 +125,13 @@ def _latency(
     ]
 
 
-def _until(server: ClusterServer, total: int) -> float:
+def until_answer(server: ClusterServer, total: int, view: str = "probe") -> float:
     """Return when an answer had the total, on the monotonic clock."""
     give_up_s = time.monotonic() + 60
     while time.monotonic() < give_up_s:
         with suppress(NotFound):
             if server.ready:
-                answer = server.reader.read(Query("probe", by=()), deadline_s=give_up_s)
+                answer = server.reader.read(Query(view, by=()), deadline_s=give_up_s)
                 if answer.series and answer.series[0].value >= total:
                     return time.monotonic()
         time.sleep(0.0005)

@@ -48,6 +48,16 @@ def lines(path: Path, title: str, values: Mapping[str, Mapping[int, float]], x: 
     _save(chart, path)
 
 
+def columns(path: Path, title: str, names: Sequence[str], values: Mapping[str, Sequence[float | None]], unit: str) -> None:
+    """Draw a group of columns for each of `names`, with one column of each key of `values`; None: it is missing."""
+    every = [value for by in values.values() for value in by if value is not None]
+    chart = pygal.Bar(**_options(title, every, y_title=unit, value_formatter=lambda v: f"{v:g}"))
+    chart.x_labels = names
+    for name, by in values.items():
+        chart.add(name, by)
+    _save(chart, path)
+
+
 def _time(log_ns: float) -> str:
     unit = min(3, int(log_ns // 3))
     return f"{10 ** (log_ns - 3 * unit):g} {('ns', 'us', 'ms', 's')[unit]}"
