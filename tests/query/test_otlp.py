@@ -196,7 +196,7 @@ def test_an_export_takes_its_turn(server: Server, temporality: int, monkeypatch:
     waited: list[str] = []
     noted: list[tuple[str, int, int]] = []
 
-    async def wait(_: FairTurns, name: str) -> None:
+    async def wait(_: FairTurns, name: str, _is_gone: object) -> None:
         waited.append(name)
 
     def note(_: FairTurns, name: str, next_offsets: dict[int, int], size: int) -> None:
