@@ -358,7 +358,7 @@ def test_rows_are_sorted_in_slices(rows: list[tuple[int, int]], limit: int) -> N
 
 
 def test_no_call_sorts_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of many rows in any order each call sorts about one slice, so that the interpreter's lock is free in between."""
+    """Each call sorts about one slice of many rows in any order, so that the interpreter's lock is free in between."""
     sizes: list[int] = []
 
     def noting(rows: Any, **options: Any) -> list[Any]:

@@ -232,7 +232,7 @@ def test_work_ends_when_its_client_has_gone(slow: Server, what: str) -> None:
 
 
 def test_an_answer_goes_on_while_somebody_waits_for_it(slow: Server) -> None:
-    """Of two equal reads one client goes: the other gets the answer, of one scan."""
+    """If one client of two equal reads goes, the other gets the answer, of one scan."""
     clock: Any = slow.world.clock
     before = clock.looks
     path = "/v1/views/hits?limit=35000"
