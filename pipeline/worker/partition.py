@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
-from itertools import repeat
+from itertools import chain
 from threading import Lock
 
 import msgspec
@@ -43,7 +43,7 @@ from pipeline.errors import (
     Unreadable,
 )
 from pipeline.metrics import NO_METRICS, Metrics
-from pipeline.ports import Clock, Log, Message, ReadableStore, Store, Stores, Transaction
+from pipeline.ports import Clock, Log, Message, MessageRun, ReadableStore, Store, Stores, Transaction
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.covered import check_recoverable, find_traces, foreign_keys
@@ -395,9 +395,9 @@ class OwnedPartition:
             raise LogCorrupt(f"partition {self.number}: topic {DELTAS} was made anew while it was folded: start again")
 
     def _make_durable(self, letters: list[Message], keys: list[bytes], values: list[bytes | None]) -> None:
-        messages = letters.copy()
-        for run in runs(map(Message, repeat(CHANGELOG), repeat(self.number), keys, values)):
-            messages += run
+        messages: Sequence[Message] = MessageRun(CHANGELOG, self.number, keys, values)
+        if letters:
+            messages = [*letters, *chain.from_iterable(runs(messages))]
         offsets = self._right.commit(
             messages,
             timeout_s=self._settings.commit_timeout_ms / 1000,
