@@ -71,9 +71,20 @@ def main(arguments: Sequence[str]) -> int:
         machine(),
         given.quick,
     )
+    try:
+        _run(given, works, options, found)
+    finally:  # after Ctrl-C, too, what there is
+        text = report.text(found)
+        print(text)
+        if given.out is not None:
+            report.save(found, text, given.out)
+    return 1 if found.failed else 0
+
+
+def _run(given: argparse.Namespace, works: Sequence[Work], options: Options, found: report.Report) -> None:
     with ending_in_order(), TemporaryDirectory(prefix="pipeline-peers-", ignore_cleanup_errors=True) as folder:
         tools = _installed(given.tools, given.cache, found)
-        with Broker(Path(folder) / "kafka", {"log.retention.check.interval.ms": "600000"}) as broker:
+        with Broker(Path(folder) / "kafka") as broker:
             bench = Bench(broker, Path(folder), options)
             for number in range(given.rounds):
                 for work in works:
@@ -81,11 +92,6 @@ def main(arguments: Sequence[str]) -> int:
                         _measure(bench, tool, work, given.slow, number, found)
             for tool in tools if given.probes else ():
                 _latency(bench, tool, found)
-    text = report.text(found)
-    print(text)
-    if given.out is not None:
-        report.save(found, text, given.out)
-    return 1 if found.failed else 0
 
 
 def say(text: str) -> None:
