@@ -218,6 +218,10 @@ _COLUMNS: Mapping[str, tuple[str, str]] = {
 _MARKED = ("new_us", "known_us", "restore_us")
 
 
+_TOLD_S = 0.2
+"""CPU of a restore above which it stands out from the differences between two starts of a process."""
+
+
 def text(sizes: Sequence[Size], command: str, *, quick: bool) -> str:
     """Return a Markdown table."""
     shape = machine()
@@ -228,7 +232,8 @@ def text(sizes: Sequence[Size], command: str, *, quick: bool) -> str:
         cells = []
         for name, (_, form) in _COLUMNS.items():
             bends = name in _MARKED and getattr(it, name) > 1.5 * getattr(reference, name)
-            cells.append(form.format(getattr(it, name)) + " !" * bends)
+            told = name != "restore_us" or it.restore_us * it.series / 1e6 > _TOLD_S
+            cells.append(form.format(getattr(it, name)) + " !" * bends if told else "too few to tell")
         rows.append([f"{it.series:,}", str(it.partitions), *cells])
     head = ["series", "partitions", *[title for title, _ in _COLUMNS.values()]]
     made = f"{datetime.now(UTC).date().isoformat()}, `{command}`; {shape['cores']} cores, {shape['cpu']}, {shape['python']}."
