@@ -6,8 +6,9 @@ Offsets are Kafka's: they rise within a partition, can have holes, and every `ne
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import repeat
 from types import MappingProxyType
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, overload, runtime_checkable
 
 import msgspec
 
@@ -28,6 +29,33 @@ class Message(msgspec.Struct, frozen=True, gc=False):  # a commit has tens of th
     partition: int
     key: bytes | None
     value: bytes | None
+
+
+class MessageRun(Sequence[Message]):
+    """Messages for one partition, as two columns: a commit has tens of thousands, which need not all be objects."""
+
+    def __init__(self, topic: str, partition: int, keys: Sequence[bytes | None], values: Sequence[bytes | None]) -> None:
+        if len(keys) != len(values):
+            raise ValueError(f"{len(keys)} keys, but {len(values)} values")
+        self.topic = topic
+        self.partition = partition
+        self.keys = keys
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @overload
+    def __getitem__(self, number: int) -> Message: ...
+    @overload
+    def __getitem__(self, number: slice) -> MessageRun: ...
+    def __getitem__(self, number: int | slice) -> Message | MessageRun:
+        if isinstance(number, slice):
+            return MessageRun(self.topic, self.partition, self.keys[number], self.values[number])
+        return Message(self.topic, self.partition, self.keys[number], self.values[number])
+
+    def __iter__(self) -> Iterator[Message]:
+        return map(Message, repeat(self.topic), repeat(self.partition), self.keys, self.values)
 
 
 class Watermarks(NamedTuple):

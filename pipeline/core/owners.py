@@ -16,6 +16,21 @@ def is_owner_of(partition: int, owner: str) -> bool:
     return not owner or owner.partition(":")[0].endswith(f"-{partition}")
 
 
+def with_offset(owner: str, offset: int) -> str:
+    """Return an owner id that also says at which offset the position record stands that carries it.
+
+    Such a record proves nothing at any other offset: somebody has copied it. Earlier versions read the id as any other.
+    """
+    place, unique, *name = owner.split(":")
+    return ":".join([place, f"{unique}@{offset}", *name])
+
+
+def is_placed_at(owner: str, offset: int) -> bool:
+    """Return whether a position record with this owner id can stand at an offset; earlier versions named none."""
+    _, at, place = ":".join(owner.split(":")[1:2]).partition("@")
+    return not at or place == str(offset)
+
+
 def owner_name(owner: str) -> str:
     """Return the name in an owner id; empty for a process without a name, and in ids of earlier versions."""
     return ":".join(owner.split(":")[2:])

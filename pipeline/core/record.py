@@ -193,7 +193,7 @@ class Position(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fiel
     """Offset behind the position record of the commit before. Records between it and `begin_offset`, fence records apart,
     were not written by an owner of the partition."""
     owner_id: str = ""
-    """Id of the owner that committed, as in its fence record."""
+    """Id of the owner that committed, as in its fence record, with the offset of this record; see `owners.with_offset`."""
 
 
 class Fence(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

@@ -176,6 +176,7 @@ def foreign_keys(
     undo_offset: int | None,
     barrier: Barrier,
     *,
+    ask_young_s: Callable[[], float],
     timeout_s: float,
     metrics: Metrics = NO_METRICS,
 ) -> set[bytes]:
@@ -183,24 +184,31 @@ def foreign_keys(
 
     The commit ended below `end_offset`. With `undo_offset`, the offset of its first delta, this raises `StoreCorrupt` if the
     changelog does not hold it: the broker has aborted it after all, and the store must begin anew where the changelog
-    ends; or `StoreAhead` if the deltas are gone, too. Raises `Unavailable` if the fence record can't be read in time.
+    ends; or `StoreAhead` if the deltas are gone, too. A foreign position can have taken the commit's away by compaction, but
+    not within `ask_young_s()`. Raises `Unavailable` if the fence record can't be read in time.
     """
     lineage, foreign = Lineage(partition, barrier.offset + 1), Foreign(partition, metrics)
     lineage.awaited = barrier
     deadline_s = clock.monotonic_s() + timeout_s
     reader = log.reader(CHANGELOG)
-    positions: list[bytes | None] = []
+    positions: list[tuple[int, int]] = []
+    """Offset of each position record, and the time at which the log accepted it."""
+    read_ms = 0
     try:
         reader.assign({partition: max(end_offset - 1, log.watermarks(CHANGELOG, partition).start_offset)})
         while not lineage.passed:
             for records in reader.poll(record_count_max=1_000, bytes_max=FETCH_BYTES_MAX, timeout_s=1.0):
-                positions += [v for k, v in zip(records.keys, records.values, strict=True) if k == POSITION_KEY]
+                rows = zip(records.keys, records.offsets, records.at_ms, strict=True)
+                positions += [(offset, at_ms) for key, offset, at_ms in rows if key == POSITION_KEY]
+                read_ms = max((read_ms, *records.at_ms[-1:]))
                 _sort_out(records, bisect_left(records.offsets, end_offset), lineage, foreign)
             if clock.monotonic_s() >= deadline_s and not lineage.passed:
                 raise Unavailable(f"changelog-{partition} can't be read up to {barrier.offset} within {timeout_s} s")
     finally:
         reader.close()
-    if undo_offset is not None and not positions:  # a forged one behind it can have taken ours away, by compaction
+    if undo_offset is not None and not any(offset < end_offset for offset, _ in positions):
+        if positions and positions[0][1] <= read_ms - ask_young_s() * 1000:
+            return foreign.keys
         what = f"partition {partition}: the broker aborted a commit, at {end_offset - 1}, that it had acknowledged"
         if log.watermarks(DELTAS, partition).start_offset > undo_offset:
             raise StoreAhead(f"{what}, and its records are gone from {DELTAS}")

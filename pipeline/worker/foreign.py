@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import pipeline.metrics as m
 from pipeline.core import codec
-from pipeline.core.owners import is_owner_of
+from pipeline.core.owners import is_owner_of, is_placed_at
 from pipeline.core.record import FENCE_KEY, POSITION_KEY, TAG_DEFINITION, TAG_PRODUCER, TAG_SERIES, Position, Records
 from pipeline.errors import BadRecord, NewerFormat
 from pipeline.metrics import NO_METRICS, Metrics
@@ -124,10 +124,12 @@ class Lineage:
         """Return whether a position at `offset` can be that of the next commit, or of a later one.
 
         `previous_end_offset` can be lower than our end: then this reader took a forgery for a commit. This commit repairs
-        that: it writes the entries of the forgery anew.
+        that: it writes the entries of the forgery anew. A copy of the position of a commit that the broker has aborted
+        after all would follow, but stands at another offset than it says.
         """
         in_order = position.previous_end_offset <= position.begin_offset <= offset
-        return in_order and position.begin_offset >= self.end_offset and is_owner_of(self.partition, position.owner_id)
+        is_next = in_order and position.begin_offset >= self.end_offset
+        return is_next and is_owner_of(self.partition, position.owner_id) and is_placed_at(position.owner_id, offset)
 
 
 class Sieve:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable, Collection
-from itertools import repeat
+from collections.abc import Callable, Collection, Sequence
+from itertools import chain
 from threading import Lock
 
 import msgspec
@@ -17,7 +17,7 @@ import pipeline.metrics as m
 from pipeline.core import codec
 from pipeline.core.commit import Commit
 from pipeline.core.letters import shorten
-from pipeline.core.owners import owner_id
+from pipeline.core.owners import owner_id, with_offset
 from pipeline.core.record import (
     EPOCH_NONE,
     FENCE_KEY,
@@ -42,7 +42,7 @@ from pipeline.errors import (
     Unreadable,
 )
 from pipeline.metrics import NO_METRICS, Metrics
-from pipeline.ports import Clock, Log, Message, ReadableStore, Store, Stores, Transaction
+from pipeline.ports import Clock, Log, Message, MessageRun, ReadableStore, Store, Stores, Transaction
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.covered import check_recoverable, find_traces, foreign_keys
@@ -355,7 +355,10 @@ class OwnedPartition:
                 repairs = self._repairs(without=commit.keys)
                 keys, values = [*repairs, *commit.keys[:-1]], [*repairs.values(), *commit.values[:-1]]
             position = msgspec.structs.replace(
-                commit.position, begin_offset=self._begin, previous_end_offset=self._committed_end
+                commit.position,
+                begin_offset=self._begin,
+                previous_end_offset=self._committed_end,
+                owner_id=with_offset(self._owner_id, self._begin + len(keys)),
             )
             try:
                 self._make_durable(letters, [*keys, POSITION_KEY], [*values, codec.encode_position(position)])
@@ -380,9 +383,9 @@ class OwnedPartition:
             raise LogCorrupt(f"partition {self.number}: topic {DELTAS} was made anew while it was folded: start again")
 
     def _make_durable(self, letters: list[Message], keys: list[bytes], values: list[bytes | None]) -> None:
-        messages = letters.copy()
-        for run in runs(map(Message, repeat(CHANGELOG), repeat(self.number), keys, values)):
-            messages += run
+        messages: Sequence[Message] = MessageRun(CHANGELOG, self.number, keys, values)
+        if letters:
+            messages = [*letters, *chain.from_iterable(runs(messages))]
         offsets = self._right.commit(
             messages,
             timeout_s=self._settings.commit_timeout_ms / 1000,
@@ -423,7 +426,10 @@ class OwnedPartition:
         barrier, timeout_s, end = self._fence(), self._settings.commit_timeout_ms / 1000, self._committed_end
         log, clock, undo, metrics = self._log, self._clock, self._undo_offset, self._metrics
         try:
-            self._foreign |= foreign_keys(self.number, log, clock, end, undo, barrier, timeout_s=timeout_s, metrics=metrics)
+            young = self._ask_lag_max_s
+            self._foreign |= foreign_keys(
+                self.number, log, clock, end, undo, barrier, ask_young_s=young, timeout_s=timeout_s, metrics=metrics
+            )
         except StoreCorrupt as error:
             self.distrust(str(error))
             raise
@@ -455,7 +461,7 @@ class OwnedPartition:
 
     def _signed(self, position: Position, last: LastRecord) -> Position:
         epoch, end = last
-        return msgspec.structs.replace(position, leader_epoch=epoch, records_end_offset=end, owner_id=self._owner_id)
+        return msgspec.structs.replace(position, leader_epoch=epoch, records_end_offset=end)
 
     def finish(self, commit: Commit) -> None:
         """Note that the commit is durable."""

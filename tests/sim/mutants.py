@@ -82,9 +82,17 @@ MUTANTS = (
         4,
         "a commit that was aborted after it was acknowledged is taken for one that is there",
         "pipeline/worker/covered.py",
-        "    if undo_offset is not None and not positions:",
+        "    if undo_offset is not None and not any(offset < end_offset for offset, _ in positions):",
         "    if False:",
         "markers",
+    ),
+    Mutant(
+        4,
+        "a position counts wherever it stands",
+        "pipeline/core/owners.py",
+        "    return not at or place == str(offset)\n",
+        "    return True\n",
+        "markers,forgeries",
     ),
     Mutant(
         4,

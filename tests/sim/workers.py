@@ -78,6 +78,7 @@ class Worker:
             clock=machine.clock,
             settings=settings,
             delete_retention_ms=world.delete_retention_ms,
+            ask_lag_max_s=lambda: 1e9,  # nothing compacts a changelog with foreign records here
             metrics=self.metrics,
         )
         self.accept_loss = settings.accept_loss
@@ -208,7 +209,7 @@ class Worker:
     def step(self) -> None:
         """Do what comes next, by chance."""
         rng, task = self.world.rng, self.part.task
-        if self.state in ("starting", "preparing", "folding"):
+        if self.state in ("starting", "preparing", "folding", "ending"):
             return
         if self.state == "committing":  # its commit is being made durable, further up the stack
             self.fold()
@@ -381,6 +382,7 @@ class Worker:
         """End the process by itself: it lets go of its partition, and what it has not committed is gone."""
         self.world.note("%s ends: %s", self.process.name, why)
         self.world.count("worker ended")
+        self.state = "ending"  # others act while a damaged store is destroyed
         try:
             self.part.close()
         except SimulatedCrash as error:

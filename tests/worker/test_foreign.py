@@ -214,6 +214,26 @@ def test_a_commit_that_the_broker_has_undone(world: _World) -> None:
     assert world.read() == {"a": 2, "b": 3}
 
 
+def test_a_copied_position_of_an_undone_commit(world: _World) -> None:
+    """A copy of the aborted commit's position is no commit: not for its owner, nor for servers and new owners."""
+    world.worker.partitions[0].close()
+    owner = world.new_owner(world.worker.stores, young_s=300)
+    world.commit(a=1)
+    position = world.newest()[POSITION_KEY]
+    undo_last_commit(world)
+    world.write(POSITION_KEY, position)
+    assert world.read() == {"a": 2, "b": 2}
+    with pytest.raises(StoreCorrupt, match="the broker aborted a commit"):
+        world.commit(b=1)
+    owner.close()
+    owner = world.new_owner(world.worker.stores)
+    assert series_of(owner.store) == {"a": 2, "b": 2}
+    assert owner.task.next_offset == 2
+    fold_all(world.log, owner)
+    owner.commit()
+    assert world.read() == {"a": 3, "b": 3}
+
+
 def test_an_undone_commit_whose_deltas_are_gone(world: _World) -> None:
     """Then the store is the better copy: it is kept, and a person has to decide."""
     undo_last_commit(world)

@@ -31,7 +31,7 @@ from pipeline.adapters.embedded.reader import EmbeddedReader
 from pipeline.adapters.rocks import Cursor, TranslatedErrors, close_quietly, open_db, protect_from_forks
 from pipeline.errors import Fenced, Invalid, LogCorrupt, NoSpace, PipelineError, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
-from pipeline.ports import NO_BEGINS, Begins, Clock, Message, Watermarks, check_begins
+from pipeline.ports import NO_BEGINS, Begins, Clock, Message, MessageRun, Watermarks, check_begins
 from pipeline.settings import LogSettings
 from pipeline.topics import Topic
 
@@ -451,6 +451,9 @@ _Run = tuple[str, int, Sequence[int], Sequence[bytes | None], Sequence[bytes | N
 def _runs(messages: Sequence[Message]) -> Iterator[_Run]:
     """Yield the messages by topic and partition: topic, partition, their indices, keys, values."""
     count = len(messages)
+    if isinstance(messages, MessageRun):
+        yield messages.topic, messages.partition, range(count), messages.keys, messages.values
+        return
     topics = [message.topic for message in messages]  # not zip(*messages): its many iterators set off the garbage collector
     numbers = [message.partition for message in messages]
     keys = [message.key for message in messages]

@@ -177,7 +177,7 @@ class Commits(_Watch):
                 value = message.value()
                 if message.error() is None and message.key() == POSITION_KEY and value and value not in self.forged:
                     position = decode_position(value)
-                    self.note(message.partition(), position.next_offset, now_s, position.owner_id)
+                    self.note(message.partition(), position.next_offset, now_s, position.owner_id.partition("@")[0])
         self._consumer.close()
 
     def note(self, partition: int, position: int, now_s: float, owner_id: str = "") -> None:
