@@ -6,8 +6,9 @@ Offsets are Kafka's: they rise within a partition, can have holes, and every `ne
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import repeat
 from types import MappingProxyType
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, overload, runtime_checkable
 
 import msgspec
 
@@ -28,6 +29,33 @@ class Message(msgspec.Struct, frozen=True, gc=False):  # a commit has tens of th
     partition: int
     key: bytes | None
     value: bytes | None
+
+
+class MessageRun(Sequence[Message]):
+    """Messages for one partition, as two columns: a commit has tens of thousands, which need not all be objects."""
+
+    def __init__(self, topic: str, partition: int, keys: Sequence[bytes | None], values: Sequence[bytes | None]) -> None:
+        if len(keys) != len(values):
+            raise ValueError(f"{len(keys)} keys, but {len(values)} values")
+        self.topic = topic
+        self.partition = partition
+        self.keys = keys
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @overload
+    def __getitem__(self, number: int) -> Message: ...
+    @overload
+    def __getitem__(self, number: slice) -> MessageRun: ...
+    def __getitem__(self, number: int | slice) -> Message | MessageRun:
+        if isinstance(number, slice):
+            return MessageRun(self.topic, self.partition, self.keys[number], self.values[number])
+        return Message(self.topic, self.partition, self.keys[number], self.values[number])
+
+    def __iter__(self) -> Iterator[Message]:
+        return map(Message, repeat(self.topic), repeat(self.partition), self.keys, self.values)
 
 
 class Watermarks(NamedTuple):
@@ -283,6 +311,10 @@ class Clock(Protocol):
         """Seconds on a clock that never goes back."""
         ...
 
+    def thread_cpu_s(self) -> float:
+        """Seconds of CPU time that the calling thread has used."""
+        ...
+
     def new_id(self) -> str:
         """Return an identifier that was never returned before, here or elsewhere."""
         ...
@@ -394,20 +426,21 @@ class Orders(Protocol):
         ...
 
 
+Fitted = tuple[Token, list[Refusal]]
+"""A token that covers what was accepted, and what was left out."""
+
+
 class Ingest(Orders, Protocol):
     """Accepts deltas and batches for an HTTP server. Safe from any thread; blocks until the log has acknowledged them."""
 
-    def deltas(self, deltas: Sequence[RawDelta], key: RequestKey | None = None) -> Token:
+    def deltas(self, deltas: Sequence[RawDelta], key: RequestKey | None = None, bounds: Bounds | None = None) -> Token:
         """Accept all deltas. Raises `Invalid`, saying which one is wrong and why, if none is accepted, and `Unavailable` if
-        any of them may be. With a `key`, a repeat counts once.
+        any of them may be. With a `key`, a repeat counts once. What a delta lacks it gets from definitions within `bounds`.
         """
         ...
 
-    def fitting(self, deltas: Sequence[RawDelta], key: RequestKey | None = None) -> tuple[Token, list[Refusal]]:
-        """Accept all valid deltas; return the others, by index as `line`. Raises `Unavailable` as `deltas` does.
-
-        Here, as in Prometheus, an empty label is none: a delta may lack labels that its view has.
-        """
+    def fitting(self, deltas: Sequence[RawDelta], key: RequestKey | None = None, bounds: Bounds | None = None) -> Fitted:
+        """Accept all valid deltas; return the others, by index as `line`. An empty label is none: deltas may lack some."""
         ...
 
     def batches(self, batches: Sequence[bytes], secret: str, bounds: Bounds | None = None) -> tuple[list[int], Token]:

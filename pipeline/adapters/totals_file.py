@@ -18,6 +18,7 @@ from zlib import crc32
 
 from pipeline.adapters.datadir import aside, translate_os
 from pipeline.core.distribution import Distribution
+from pipeline.core.grants import Bounds
 from pipeline.errors import NewerFormat, Unavailable
 from pipeline.folders import open_file
 from pipeline.ports import RawDelta, RequestKey
@@ -148,11 +149,13 @@ def _totals(parts: Any) -> StreamTotals:
 def _sent_parts(sent: SentIncreases) -> Any:
     deltas = [it._replace(labels={**it.labels}, value=_value_parts(it.value)) for it in sent.deltas]
     key = sent.key.path, sent.key.key, sent.key.digest.hex()
-    return deltas, sent.lines, key, {stream.hex(): _parts(it) for stream, it in sent.known.items()}, sent.at_ms
+    bounds = [] if sent.bounds is None else [sent.bounds.views, sent.bounds.labels]
+    return deltas, sent.lines, key, {stream.hex(): _parts(it) for stream, it in sent.known.items()}, sent.at_ms, *bounds
 
 
 def _sent(parts: Any) -> SentIncreases:
-    rows, lines, (path, key, digest), known, at_ms = parts
+    rows, lines, (path, key, digest), known, at_ms, *bounded = parts
     deltas = [it._replace(value=_value(it.value)) for it in map(RawDelta._make, rows)]
     totals = {bytes.fromhex(stream): _totals(it) for stream, it in known.items()}
-    return SentIncreases(deltas, lines, RequestKey(path, key, bytes.fromhex(digest)), totals, at_ms)
+    bounds = Bounds(tuple(bounded[0]), tuple(map(tuple, bounded[1]))) if bounded else None
+    return SentIncreases(deltas, lines, RequestKey(path, key, bytes.fromhex(digest)), totals, at_ms, bounds)

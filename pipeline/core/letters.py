@@ -23,6 +23,8 @@ from pipeline.errors import BadRecord
 _PRODUCER = "letter:"
 KEY_PATTERN = r"([0-9a-f]{8}[.])?(0|[1-9][0-9]{0,9})-(0|[1-9][0-9]{0,18})(-(0|[1-9][0-9]{0,18})){0,2}"
 _DASHES_MAX = 3
+OFFSET_MAX = 2**63 - 1
+"""Greatest offset of all, at which no log has a record."""
 _KEY = re.compile(KEY_PATTERN + r"\Z")
 
 
@@ -35,6 +37,11 @@ def record_key(partition: int, offset: int, source_id: str = "") -> bytes:
 def group_key(record: bytes, index: int) -> bytes:
     """Return the key of one group of the record, or letter, that has this key."""
     return b"%b-%d" % (record, index)
+
+
+def no_letter_key(partition: int) -> bytes:
+    """Return a key that no letter has: a tombstone of it says nothing to any reader, of earlier versions either."""
+    return record_key(partition, OFFSET_MAX)
 
 
 def is_last_key(key: bytes) -> bool:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, final
 
 from pipeline.core.record import Definition
-from pipeline.ports import Message
 from pipeline.publisher.table import Journal
 
 VERSION: int
@@ -174,5 +173,15 @@ class BatchProducer:
     @staticmethod
     def of(producer: object) -> BatchProducer | None:
         """Return what enqueues at the client that this thread has made since `expect`, the one of `producer`."""
-    def produce(self, topic: str, partition: int, messages: Sequence[Message], start: int, end: int) -> tuple[int, int]:
-        """Enqueue `messages[start:end]`; return the number of the first that is not enqueued, and the code of its error."""
+    def produce(
+        self,
+        topic: str,
+        partition: int,
+        keys: Sequence[bytes | None],
+        values: Sequence[bytes | None],
+        start: int,
+        end: int,
+    ) -> tuple[int, int]:
+        """Enqueue messages with `keys[start:end]` and `values[start:end]`; return the number of the first that is not
+        enqueued, and the code of its error.
+        """

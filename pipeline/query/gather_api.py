@@ -23,6 +23,7 @@ from pipeline.query.gather import GatherService
 from pipeline.query.openapi import READ_PATH, STREAM_PATH
 from pipeline.query.page import page_routes
 from pipeline.query.problems import Refused
+from pipeline.query.push_api import GATEWAY_PATH
 from pipeline.query.service import RenderViews
 from pipeline.query.streams import Streams
 from pipeline.query.streams_api import StreamView
@@ -40,11 +41,11 @@ def create_gather_app(
 ) -> Starlette:
     """Return the application of a server that merges what other servers have. It takes no writes."""
 
-    def refused(path: str, status: int, why: str) -> Route:
+    def refused(path: str, status: int, why: str, *more_methods: str) -> Route:
         async def refuse(_: Request) -> Response:
             raise Refused(status, why)
 
-        return Route(path, refuse, methods=["POST"])
+        return Route(path, refuse, methods=["POST", *more_methods])
 
     no_writes = "this server only merges what others have: write to a server that runs with --ingest, or as `pipeline up`"
     streams = Streams(service, settings, metrics, service.clock)
@@ -52,11 +53,12 @@ def create_gather_app(
         Route(READ_PATH, ReadEndpoint(service, settings), methods=["GET"]),
         Route(STREAM_PATH, StreamView(streams, service, settings, metrics), methods=["GET"]),
         Route("/v1/views", ListEndpoint(service), methods=["GET"]),
-        Route("/v1/query", QueryEndpoint(service, settings, BodyRoom(settings, metrics)), methods=["POST"]),
+        Route("/v1/query", QueryEndpoint(service, settings, BodyRoom(settings, metrics, service.clock)), methods=["POST"]),
         *page_routes(),
         *operation_routes(metrics, service.status, lambda: service.ready),
         scrape_route(service, settings, render_views),
         *[refused(path, 405, no_writes) for path in _WRITE_PATHS],
+        refused(GATEWAY_PATH, 405, no_writes, "PUT"),
         refused("/api/v1/read", 501, "remote reads need a server that follows all partitions"),
     ]
     app = make_application(routes, settings, metrics, service.clock, observing(service, service.close), access=access)

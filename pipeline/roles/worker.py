@@ -250,7 +250,8 @@ class ClusterWorker(KafkaRole):
                 self._fail(error)
                 raise error
         asked_s = self.clock.monotonic_s()
-        self._loop.note_changelog_ends(asked_s, self.log.end_offsets(CHANGELOG))
+        if self._loop.wants_changelog_ends(asked_s):
+            self._loop.note_changelog_ends(asked_s, self.log.end_offsets(CHANGELOG))
         stable_offsets = self.log.end_offsets(DELTAS)  # before the high watermarks, which must not be below
         return DeltasEnds(self.log.high_watermarks(DELTAS), stable_offsets)
 

@@ -114,8 +114,12 @@ class ActivePartition:
         self._is_flush = False
         """True if `flush` asked for the commit that is under way."""
         self._due_s: float | None = None
+        self._is_clean = False
+        """True if there was nothing to commit, and nothing has happened since that could change that."""
         self._full = False
         self._unfolded: deque[Records] = deque()
+        self._ends_seen: object = None
+        """Answer about the changelog's ends for which the partition was last asked whether it needs a commit."""
         self._frozen_count = 0
         self._entries_per_record = 1
 
@@ -155,7 +159,7 @@ class ActivePartition:
     def end_start(self) -> None:
         """Note that the start has ended: the partition folds, or can be closed if it was lost meanwhile."""
         self._step(ActiveEvent.START_ENDED)
-        self._work = None
+        self._work, self._is_clean = None, False
 
     def lose(self, why: str) -> None:
         """Drop the overlay of a partition that is another's by now. Does nothing if it was lost before."""
@@ -208,6 +212,11 @@ class ActivePartition:
         """Forget the records that were not folded; they are read again."""
         self._unfolded.clear()
 
+    @property
+    def has_unfolded(self) -> bool:
+        """True if records wait to be folded."""
+        return bool(self._unfolded)
+
     def fold(self) -> bool:
         """Fold the records that were read, until none is left or the next commit is as large as it may be.
 
@@ -215,7 +224,7 @@ class ActivePartition:
         """
         folded = False
         while self._unfolded and not self._full:
-            folded = True
+            folded, self._is_clean = True, False
             records = self._unfolded.popleft()
             room = self.bound.entries_max - self.folded_count
             count = max(1, room // self._entries_per_record)
@@ -248,14 +257,26 @@ class ActivePartition:
         """True while a commit that `flush` asked for has not ended."""
         return self._is_flush or self._due_s == _AT_ONCE_S
 
+    def needs_commit(self, ends: tuple[float, Mapping[int, int]]) -> bool:
+        """Return whether the changelog needs a commit, given the time at which its ends were asked for, and the answer.
+
+        It can only come to need one with another answer, so each answer is looked at once.
+        """
+        if self._ends_seen is ends:
+            return False
+        self._ends_seen, self._is_clean = ends, False
+        return self.partition.needs_commit(ends[1].get(self.number, 0), ends[0])
+
     def flush(self) -> None:
         """Ask for a commit at once, if there is anything to commit."""
-        self._due_s = _AT_ONCE_S
+        self._due_s, self._is_clean = _AT_ONCE_S, False
 
     def schedule(self, due_s: float) -> None:
         """Note when to commit what was folded, if that is not known yet; forget it if there is nothing to commit."""
+        if self._is_clean:
+            return
         if not self.partition.task.dirty:
-            self._due_s = None
+            self._due_s, self._is_clean = None, True
         elif self._due_s is None:
             self._due_s = due_s
 
@@ -293,7 +314,7 @@ class ActivePartition:
         """Note that the commit has ended: there is room again, or the partition can be closed if it was lost."""
         self._step(ActiveEvent.COMMIT_ENDED)
         self._work = self._commit_begun_s = None
-        self._is_flush = False
+        self._is_flush = self._is_clean = False
         self._full = self.is_ours and self._is_full()
 
 

@@ -51,6 +51,8 @@ class Commits:
         self._under_way: set[Future[Commit]] = set()
         self.changelog_ends: tuple[float, Mapping[int, int]] = 0.0, {}
         """Time at which the ends of the changelog's partitions were last asked for, and the answer."""
+        self.ended_s = 0.0
+        """Time at which a commit was last found to have ended."""
         self._next_s = 0.0
         """Time from which `transactions_per_s_max` allows the next commit."""
         self.stuck = False
@@ -81,11 +83,10 @@ class Commits:
         covered entries anew, while this owner has them, and before compaction takes them out of the changelog. It also does
         when nobody can read its last commit.
         """
-        asked_s, ends = self.changelog_ends
         now = self._clock.monotonic_s()
         idle = [active for active in folding if not active.is_committing]
         for active in folding:
-            if not active.is_committing and active.partition.needs_commit(ends.get(active.number, 0), asked_s):
+            if not active.is_committing and active.needs_commit(self.changelog_ends):
                 active.flush()
             else:  # also during a commit: what is folded meanwhile does not wait for longer than the interval because of it
                 active.schedule(now + self._settings.commit_interval_ms / 1000)
@@ -159,6 +160,7 @@ class Commits:
                 self._check_deadline(active, now)
                 continue
             self._under_way.discard(future)
+            self.ended_s = now
             error = future.exception()
             if error is None:
                 active.partition.finish(future.result())

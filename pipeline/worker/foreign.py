@@ -148,6 +148,8 @@ class Sieve:
         """Number of held back entries that belong to whole commits, and the offset behind those commits."""
         self.commits = 0
         """Number of those commits."""
+        self.applied = False
+        """True if entries behind the last whole commit were popped."""
         self.fences = 0
         """Number of records with the key of fence records among those that were taken in last."""
 
@@ -182,14 +184,26 @@ class Sieve:
                 self.foreign.keys.add(POSITION_KEY)
             else:
                 self.drop(position.previous_end_offset, position.begin_offset)
-                self.foreign.keys.clear()  # with this commit the owner has repaired them
+                self._note_repairs(position.begin_offset)
                 self._offsets.append(offset)
                 self._keys.append(POSITION_KEY)
                 self._values.append(value)
                 self.whole, self.whole_end = len(self._keys), offset + 1
                 self.commits += 1
+                self.applied = False
         else:
             self.foreign.note(offset, "its key is of no kind that this program knows")
+
+    def _note_repairs(self, begin_offset: int) -> None:
+        """Take the keys that a commit writes from those to repair, as its owner writes all that it has found.
+
+        The owner has not found a record that stands where the broker has left out a marker: see `KafkaTransaction.commit`.
+        The keys of a commit that was applied in part, before its position was read, are not known any more.
+        """
+        keys = self.foreign.keys
+        if keys:
+            start = max(self.whole, bisect_left(self._offsets, begin_offset))
+            keys -= {POSITION_KEY, *(keys if self.applied else self._keys[start:])}
 
     def drop(self, first_offset: int, end_offset: int) -> None:
         """Leave out the entries from `first_offset` to below `end_offset`, which are part of no commit."""
@@ -202,6 +216,7 @@ class Sieve:
 
     def pop(self, count: int) -> tuple[list[int], list[bytes], list[bytes | None]]:
         """Remove the first entries that are held back; return their offsets, keys and values."""
+        self.applied = self.applied or count > self.whole
         if count == len(self._keys):
             popped = self._offsets, self._keys, self._values
             self._offsets, self._keys, self._values = [], [], []

@@ -15,6 +15,8 @@ from pipeline.topics import DELTAS
 
 _log = logging.getLogger(__name__)
 INTERVAL_S = 1.0
+START_INTERVAL_S = 10.0
+"""Time between two questions for the start offsets, which only retention moves."""
 HELD_UP_S = 5.0
 """Seconds that a foreign transaction may be open on deltas before it is reported, far above what one takes that ends."""
 
@@ -75,6 +77,8 @@ class LagReporter:
         self._topic = topic
         self._interval_s = interval_ms / 1000
         self._metrics = metrics
+        self._starts: Mapping[int, int] = {}
+        self._next_starts_s = 0.0
         self._mirrored: dict[int, int] = {}
         self._looked_at: frozenset[int] = frozenset()
         self._held_up: dict[int, _HeldUp] = {}
@@ -126,7 +130,10 @@ class LagReporter:
         self.end_offsets = ends.high_watermarks
         self.last_answer = self._clock.monotonic_s(), ends.stable_offsets
         self._note_open_transactions(ends, positions)
-        starts = self._ask_starts()
+        if self._clock.monotonic_s() >= self._next_starts_s:
+            self._starts = self._ask_starts()
+            self._next_starts_s = self._clock.monotonic_s() + START_INTERVAL_S
+        starts = self._starts
         for number, next_offset in positions.items():
             self._metrics.set(m.LAG, max(0, self.end_offsets.get(number, 0) - next_offset), number)
             self._metrics.set(m.START_OFFSET, starts.get(number, 0), number)

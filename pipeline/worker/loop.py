@@ -31,6 +31,10 @@ from pipeline.worker.partition import OwnedPartition
 from pipeline.worker.restore import DamageHistory, RestoreProgress
 
 _log = logging.getLogger(__name__)
+_COMMITTED_S = 15.0
+"""Seconds after a commit by which it has shown whether its marker is missing; see `OwnedPartition.needs_commit`."""
+_ENDS_INTERVAL_S = 5.0
+"""Seconds between two questions for the ends of the changelog while nothing is committed: compaction begins much later."""
 
 
 class _Assigned(NamedTuple):
@@ -184,6 +188,15 @@ class WorkerLoop:
             self._damages.note(partition, error)
             self._rebuilding.add(partition)
         self._post(_Damaged(partition, store, str(error)))  # not the error, which holds scans that hold the store's files
+
+    def wants_changelog_ends(self, now_s: float) -> bool:
+        """Return whether it is time to ask for the ends of the changelog's partitions, for `note_changelog_ends`.
+
+        For some time after a commit, whose marker can be missing, it is at each call; while nothing is committed, every few
+        seconds.
+        """
+        asked_s, _ = self._commits.changelog_ends
+        return now_s - self._commits.ended_s < _COMMITTED_S or now_s - asked_s >= _ENDS_INTERVAL_S
 
     def note_changelog_ends(self, asked_s: float, ends: Mapping[int, int]) -> None:
         """Take note of the ends of the changelog's partitions, asked for at a time by the monotonic clock.
@@ -377,11 +390,12 @@ class WorkerLoop:
             if not self._actives.starting():
                 self._posted.wait(POLL_INTERVAL_S)
             return
-        for active in folding:
-            self._fold(active)
-        folding = self._actives.folding()  # without partitions whose store was found damaged
-        if not folding:
-            return
+        if waiting := [active for active in folding if active.has_unfolded]:
+            for active in waiting:
+                self._fold(active)
+            folding = self._actives.folding()  # without partitions whose store was found damaged
+            if not folding:
+                return
         if any(active.is_full for active in folding):  # backpressure: nothing more is read until a commit has made room
             self._commits.wait(POLL_INTERVAL_S)
             return

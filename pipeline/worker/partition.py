@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable, Collection
-from itertools import repeat
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from itertools import chain
 from threading import Lock
 
 import msgspec
@@ -17,7 +18,7 @@ import pipeline.metrics as m
 from pipeline import native
 from pipeline.core import codec
 from pipeline.core.commit import Commit
-from pipeline.core.letters import shorten
+from pipeline.core.letters import no_letter_key, shorten
 from pipeline.core.owners import owner_id, with_offset
 from pipeline.core.record import (
     EPOCH_NONE,
@@ -43,7 +44,7 @@ from pipeline.errors import (
     Unreadable,
 )
 from pipeline.metrics import NO_METRICS, Metrics
-from pipeline.ports import Clock, Log, Message, ReadableStore, Store, Stores, Transaction
+from pipeline.ports import Clock, Log, Message, MessageRun, ReadableStore, Store, Stores, Transaction
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.covered import check_recoverable, find_traces, foreign_keys
@@ -101,6 +102,8 @@ class OwnedPartition:
         """Offset at which the last commit of this owner begins; -1 before there is one."""
         self._committed_s = 0.0
         """Time at which the last commit was acknowledged."""
+        self._has_letters = False
+        """True if the last commit of this owner has dead letters."""
         self._marker_missing = False
         """True if the broker has left out the marker of the last commit, so that nobody can read it."""
         self._undo_offset: int | None = None
@@ -163,7 +166,7 @@ class OwnedPartition:
         self._step(StageEvent.OWN)
         self._transaction = self._log.transaction(f"{self._app}-{self.number}")
         self._owner_id = owner_id(self._app, self.number, self._clock.new_id(), self._name)
-        self._fence()
+        self._fence(in_letters=self._is_letter_unreadable())
         self._topic_id = self._log.topic_id(CHANGELOG)
         self._store = self._opener.open(self.number, lambda store: self._restore(store, progress, stopping), stopping)
         self._check_covered(stopping)
@@ -172,14 +175,23 @@ class OwnedPartition:
         if self._foreign:
             self._commit_repairs()
 
-    def _fence(self) -> Barrier:
-        """Commit a fence record of our own, which stands behind all that earlier owners have committed."""
-        fence = codec.encode_fence(Fence(self._owner_id, self._clock.now_ms()))
-        message = Message(CHANGELOG, self.number, FENCE_KEY, fence)
-        (end,) = self._right.commit([message], timeout_s=self._settings.commit_timeout_ms / 1000)
+    def _fence(self, *, in_letters: bool = False) -> Barrier:
+        """Commit a fence record of our own, which stands behind all that earlier owners have committed.
+
+        With `in_letters` it also writes a record without a meaning to the dead letters. Its marker there stands for one that
+        the broker has left out: nobody could read those letters, and they could be aborted.
+        """
+        fence = Message(CHANGELOG, self.number, FENCE_KEY, codec.encode_fence(Fence(self._owner_id, self._clock.now_ms())))
+        messages = [Message(DEAD_LETTERS, self.number, no_letter_key(self.number), None)] if in_letters else []
+        *_, end = self._right.commit([*messages, fence], timeout_s=self._settings.commit_timeout_ms / 1000)
         self._begin = end + self._right.marker_count
         self._barrier = Barrier(end - 1, self._owner_id)
         return self._barrier
+
+    def _is_letter_unreadable(self) -> bool:
+        """Return whether dead letters stand behind an open transaction, which none of an owner's is by now."""
+        high = self._log.high_watermarks(DEAD_LETTERS)  # first: it must not be newer than the last stable offset
+        return self._log.watermarks(DEAD_LETTERS, self.number).end_offset < high.get(self.number, 0)
 
     @property
     def _right(self) -> Transaction:
@@ -196,7 +208,7 @@ class OwnedPartition:
             log,
             clock,
             barrier=barrier,
-            fence=self._fence,
+            fence=partial(self._fence, in_letters=True),
             fetch_count_max=self._settings.restore_fetch_count_max,
             buffer_entries_max=self._settings.restore_buffer_entries_max,
             delete_retention_ms=self._delete_retention_ms,
@@ -384,14 +396,15 @@ class OwnedPartition:
             raise LogCorrupt(f"partition {self.number}: topic {DELTAS} was made anew while it was folded: start again")
 
     def _make_durable(self, letters: list[Message], keys: list[bytes], values: list[bytes | None]) -> None:
-        messages = letters.copy()
-        for run in runs(map(Message, repeat(CHANGELOG), repeat(self.number), keys, values)):
-            messages += run
+        messages: Sequence[Message] = MessageRun(CHANGELOG, self.number, keys, values)
+        if letters:
+            messages = [*letters, *chain.from_iterable(runs(messages))]
         offsets = self._right.commit(
             messages,
             timeout_s=self._settings.commit_timeout_ms / 1000,
             begins={(CHANGELOG, self.number): self._begin},
         )
+        self._has_letters = bool(letters)
         self._committed_begin, self._committed_s = self._begin, self._clock.monotonic_s()
         self._committed_end, self._begin = offsets[-1], offsets[-1] + self._right.marker_count
         self._undo_offset = self.task.position.next_offset
@@ -424,10 +437,10 @@ class OwnedPartition:
 
         Raises `StoreCorrupt` if the changelog has lost that commit: folding begins anew where the changelog ends.
         """
-        barrier, timeout_s, end = self._fence(), self._settings.commit_timeout_ms / 1000, self._committed_end
-        log, clock, undo, metrics = self._log, self._clock, self._undo_offset, self._metrics
+        barrier = self._fence(in_letters=self._has_letters)
+        timeout_s, end = self._settings.commit_timeout_ms / 1000, self._committed_end
+        log, clock, undo, young, metrics = self._log, self._clock, self._undo_offset, self._ask_lag_max_s, self._metrics
         try:
-            young = self._ask_lag_max_s
             self._foreign |= foreign_keys(
                 self.number, log, clock, end, undo, barrier, ask_young_s=young, timeout_s=timeout_s, metrics=metrics
             )
@@ -461,8 +474,7 @@ class OwnedPartition:
         self.make_durable(Commit([*repairs, POSITION_KEY], [*repairs.values(), None], [], position, 0))
 
     def _signed(self, position: Position, last: LastRecord) -> Position:
-        epoch, end = last
-        return msgspec.structs.replace(position, leader_epoch=epoch, records_end_offset=end)
+        return msgspec.structs.replace(position, leader_epoch=last.leader_epoch, records_end_offset=last.end_offset)
 
     def finish(self, commit: Commit) -> None:
         """Note that the commit is durable."""

@@ -32,7 +32,7 @@ from pipeline.core.codec import encode_batch
 from pipeline.core.record import Batch, Group, producer_id_of, series_prefix, series_suffix
 from pipeline.ports import Message
 from pipeline.settings import KafkaSettings
-from pipeline.topics import DELTAS
+from pipeline.topics import CHANGELOG, DELTAS
 from tests.bench import plots
 from tests.bench.children import Child, cpu_s, until
 from tests.bench.measure import machine
@@ -65,6 +65,11 @@ class Size(msgspec.Struct):
     restore_s: float = 0
     """From the start of the process to its being ready."""
     restore_mb: float = 0
+    deltas_bytes: float = 0
+    """Bytes of an entry on the broker's disk, in `deltas`, with one delta in each."""
+    changelog_bytes: float = 0
+    store_bytes: float = 0
+    """Bytes of a series on the worker's disk."""
 
 
 def batches(series: Iterable[int], partitions: int, secret: str) -> Iterator[tuple[int, bytes]]:
@@ -147,11 +152,19 @@ class _Worker:
             lines = answer.read().decode().splitlines()
         return sum(float(it.rpartition(" ")[2]) for it in lines if it.startswith((f"{name} ", f"{name}{{")))
 
+    def log_bytes(self, topic: str) -> int:
+        """Return the bytes of a topic's segments on the broker's disk."""
+        return _bytes((self.broker.folder / "data").glob(f"{self.app}.{topic}-*/*.log"))
+
     def close(self) -> None:
         self.child.kill()
         self.log.close()
         self.port.close()
         delete_topics(self.broker.bootstrap, self.app)
+
+
+def _bytes(files: Iterable[Path]) -> int:
+    return sum(it.stat().st_size for it in files if it.is_file())
 
 
 def measure(broker: Broker, scratch: Path, series: int, partitions: int) -> Size:
@@ -173,7 +186,11 @@ def measure(broker: Broker, scratch: Path, series: int, partitions: int) -> Size
         used_s, _ = worker.fold(batches(known, partitions, "known"))
         size.known_us = used_s / len(known) * 1e6
         size.worker_mb = worker.child.memory_mb("VmHWM")
+        size.deltas_bytes, size.changelog_bytes = (
+            worker.log_bytes(it) / (series + len(known)) for it in (DELTAS, CHANGELOG)
+        )
         worker.child.stop()
+        size.store_bytes = _bytes(worker.data.rglob("*")) / series
         shutil.rmtree(worker.data)
         used_s, size.restore_s = worker.start()
         size.restore_us = (used_s - idle_s) / series * 1e6
@@ -194,8 +211,15 @@ _COLUMNS: Mapping[str, tuple[str, str]] = {
     "restore_us": ("restore, us CPU an entry", "{:.2f}"),
     "restore_s": ("start to ready, s", "{:.1f}"),
     "restore_mb": ("restore's peak, MB", "{:.0f}"),
+    "deltas_bytes": ("bytes an entry in deltas", "{:.0f}"),
+    "changelog_bytes": ("in changelog", "{:.0f}"),
+    "store_bytes": ("a series in the store", "{:.0f}"),
 }
 _MARKED = ("new_us", "known_us", "restore_us")
+
+
+_TOLD_S = 0.2
+"""CPU of a restore above which it stands out from the differences between two starts of a process."""
 
 
 def text(sizes: Sequence[Size], command: str, *, quick: bool) -> str:
@@ -208,7 +232,8 @@ def text(sizes: Sequence[Size], command: str, *, quick: bool) -> str:
         cells = []
         for name, (_, form) in _COLUMNS.items():
             bends = name in _MARKED and getattr(it, name) > 1.5 * getattr(reference, name)
-            cells.append(form.format(getattr(it, name)) + " !" * bends)
+            told = name != "restore_us" or it.restore_us * it.series / 1e6 > _TOLD_S
+            cells.append(form.format(getattr(it, name)) + " !" * bends if told else "too few to tell")
         rows.append([f"{it.series:,}", str(it.partitions), *cells])
     head = ["series", "partitions", *[title for title, _ in _COLUMNS.values()]]
     made = f"{datetime.now(UTC).date().isoformat()}, `{command}`; {shape['cores']} cores, {shape['cpu']}, {shape['python']}."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import signal
 import threading
@@ -12,6 +13,7 @@ from contextlib import closing
 from typing import Any
 
 import pytest
+from aiokafka.consumer.fetcher import Fetcher
 from aiokafka.protocol.group import LeaveGroupRequest
 from confluent_kafka import Producer
 
@@ -43,6 +45,13 @@ def test_private_names(owner: type) -> None:
     """Every undocumented name of faust and aiokafka that the adapter relies on exists."""
     missing = [name for name in sorted(adapter.PRIVATE[owner]) if not hasattr(owner, name)]
     assert not missing, f"{owner.__module__}.{owner.__qualname__} has no {', '.join(missing)}: read what became of them"
+
+
+def test_aiokafka_looks_at_paused_partitions_as_often_as_it_is_told() -> None:
+    """aiokafka's fetcher waits between two looks for as long as the attribute says that the adapter sets."""
+    source = inspect.getsource(Fetcher)
+    assert "self._fetcher_timeout = fetcher_timeout" in source
+    assert "backoff = self._fetcher_timeout" in source
 
 
 def test_two_share(topics: App) -> None:

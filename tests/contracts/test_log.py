@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from pipeline.errors import Discontinuous, Displaced, Fenced, Invalid, RecordsLost, Unavailable
-from pipeline.ports import LogReader, Message
+from pipeline.ports import LogReader, Message, MessageRun
 from tests.contracts.support import (
     DEADLINE_S,
     PARTITIONS,
@@ -355,6 +355,25 @@ def test_a_transaction_writes_to_several_topics(lab: LogLab) -> None:
             assert [(row.key, row.value) for row in rows] == [(m.key, m.value) for _, m in mine]
             assert all(row.offset < covers for row, (covers, _) in zip(rows, mine, strict=True))
     transaction.close()
+
+
+def test_columns_are_messages(lab: LogLab) -> None:
+    """Messages in columns are appended as those in a list are, keys and values of any bytes, in a transaction or not."""
+    some = [b"", b"\x00", b"\xff" * 9, bytes(range(256)), b"text"]
+    run = MessageRun(lab.table, 1, [key for key in some for _ in range(6)], [*some, None] * 5)
+    messages = [*run]
+    assert len(run) == len(messages) == 30
+    assert messages[7] == run[7] == Message(lab.table, 1, b"\x00", b"\x00")
+    assert [*run[3:9]] == messages[3:9]
+    with pytest.raises(ValueError, match="1 keys, but 2 values"):
+        MessageRun(lab.table, 1, [b"k"], [b"v"] * 2)
+    transaction = lab.log.transaction("t")
+    covering = [transaction.commit(run, timeout_s=DEADLINE_S), transaction.commit(messages, timeout_s=DEADLINE_S)]
+    covering.append(appended(lab.log, run))
+    transaction.close()
+    assert covering[0][-1] + 30 <= covering[1][-1] <= covering[2][-1] - 30
+    rows = [(it.key, it.value) for it in read(lab.log, lab.table, 1)]
+    assert rows == [(it.key, it.value) for it in messages] * 3
 
 
 def test_a_transaction_with_an_impossible_message_does_nothing(lab: LogLab) -> None:

@@ -134,6 +134,7 @@ RUNS = st.tuples(st.integers(-(2**31), 2**31 - 1) | st.integers(-9, 9), st.lists
 ENDS = st.none() | st.floats() | st.integers(-9, 9).map(float)
 
 
+@pytest.mark.timeout(1_800)  # of 10,000 examples on a busy machine
 @settings(max_examples=10_000 if LONG else 100, deadline=None)
 @given(
     st.integers(-(2**31), 2**31 - 1) | st.integers(-6, 20),

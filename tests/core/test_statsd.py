@@ -219,6 +219,7 @@ PARTS = st.sampled_from(
 )
 
 
+@pytest.mark.timeout(1_800)  # of 10,000 examples on a busy machine
 @settings(max_examples=10_000 if LONG else 50)
 @given(st.binary(max_size=300) | st.lists(PARTS, max_size=30).map(b"".join), st.sampled_from(get_args(Dialect)))
 @example(b"_e{", "auto")

@@ -52,6 +52,7 @@ TEXTS = st.lists(
 ).map("".join)
 
 
+@pytest.mark.timeout(1_800)  # of 10,000 examples on a busy machine
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(
     TEXTS.map(str.encode) | st.binary(max_size=200),
@@ -101,6 +102,7 @@ VALUES = st.one_of(
 )
 
 
+@pytest.mark.timeout(1_800)  # of 10,000 examples on a busy machine
 @settings(max_examples=EXAMPLES, deadline=None)
 @given(
     NAMES,

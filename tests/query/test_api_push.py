@@ -9,6 +9,8 @@ from typing import Any
 from urllib.error import HTTPError
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -23,12 +25,14 @@ from prometheus_client import (
 from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from pipeline.core.record import Definition
+from pipeline.core.record import NAME, Definition
 from pipeline.core.token import Token
-from pipeline.errors import Unavailable
+from pipeline.errors import Invalid, Unavailable
 from pipeline.ports import Refusal
+from pipeline.query.push_api import parse_grouping
 from pipeline.settings import QuerySettings
 from tests.query.support import Reply, Server, World, serving
+from tests.support import LONG
 
 PLAIN = "text/plain; version=0.0.4"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -150,6 +154,24 @@ def test_paths_of_a_pushgateway(server: Server) -> None:
         assert server.problem(400, reply)
 
 
+PATHS = st.lists(
+    st.sampled_from(["job", "job@base64", "a", "/", "%2F", "@base64", "%", "%ff", "=", "a-_", "é", "YQ"]), max_size=12
+)
+
+
+@pytest.mark.timeout(1_800)  # of 10,000 examples on a busy machine
+@settings(max_examples=10_000 if LONG else 60, deadline=None)
+@given(PATHS.map("/".join) | PATHS.map("".join) | st.text(max_size=40))
+def test_any_path_is_a_grouping_or_invalid(path: str) -> None:
+    """No path raises anything but `Invalid`; labels have names of labels and texts of UTF-8, and the job has a name."""
+    try:
+        labels = parse_grouping(f"/metrics/{path}")
+    except Invalid:
+        return
+    assert labels["job"]
+    assert all(NAME.match(name) and text.encode() is not None for name, text in labels.items())
+
+
 @pytest.mark.parametrize("to_gateway", [push_to_gateway, pushadd_to_gateway])
 def test_a_group_that_is_pushed_again(to_gateway: Any) -> None:
     """A program may push its totals again and again, as to a Pushgateway: each increase counts once. After a restart of the
@@ -213,9 +235,9 @@ class _Slow:
     def __init__(self, ingest: Any) -> None:
         self._ingest = ingest
 
-    def fitting(self, deltas: Any, key: Any = None) -> Any:
+    def fitting(self, deltas: Any, key: Any = None, bounds: Any = None) -> Any:
         time.sleep(0.005)
-        return self._ingest.fitting(deltas, key)
+        return self._ingest.fitting(deltas, key, bounds)
 
 
 def test_pushes_of_one_program_at_once() -> None:
@@ -416,7 +438,7 @@ def test_many_at_once_are_exact(server: Server) -> None:
 
 
 class _Away:
-    def fitting(self, deltas: Any, key: Any = None) -> tuple[Token, list[Refusal]]:
+    def fitting(self, deltas: Any, key: Any = None, bounds: Any = None) -> tuple[Token, list[Refusal]]:
         raise Unavailable("the log is away")
 
 

@@ -572,6 +572,7 @@ def test_over_http() -> None:
         assert 'pipeline_gather_server_up{server="http://127.0.0.1:9"} 0' in merging.get("/metrics").body.decode()
         for path in ("/v1/deltas", "/v1/batches", "/v1/openmetrics", "/v1/views/hits/drop"):
             assert "--ingest" in merging.problem(405, merging.request("POST", path, b"[]"))
+        assert "--ingest" in merging.problem(405, merging.request("PUT", "/metrics/job/a", b""))
         assert "remote reads" in merging.problem(501, merging.request("POST", "/api/v1/read", b""))
         assert next(reader.watch("hits", by=[], after=token)).value() == 1115
         with pytest.raises(Invalid, match="the log ends at 1"):

@@ -6,6 +6,7 @@ import gzip
 import json
 import math
 import random
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
@@ -195,7 +196,7 @@ def test_an_export_takes_its_turn(server: Server, temporality: int, monkeypatch:
     waited: list[str] = []
     noted: list[tuple[str, int, int]] = []
 
-    async def wait(_: FairTurns, name: str) -> None:
+    async def wait(_: FairTurns, name: str, _is_gone: object) -> None:
         waited.append(name)
 
     def note(_: FairTurns, name: str, next_offsets: dict[int, int], size: int) -> None:
@@ -276,7 +277,7 @@ def test_errors_are_what_clients_of_otlp_read() -> None:
 
 
 class _Away:
-    def fitting(self, deltas: Any, key: Any = None) -> Any:
+    def fitting(self, deltas: Any, key: Any = None, bounds: Any = None) -> Any:
         raise Unavailable("the log is away")
 
 
@@ -287,7 +288,7 @@ class _Log:
         self.counted: dict[RequestKey, int] = {}
         self.away = ""
 
-    def fitting(self, deltas: Any, key: Any = None) -> Any:
+    def fitting(self, deltas: Any, key: Any = None, bounds: Any = None) -> Any:
         if self.away == "before":
             raise Unavailable("away")
         total = sum(delta.value for delta in deltas)
@@ -461,6 +462,7 @@ DATA = st.builds(
 )
 
 
+@pytest.mark.timeout(1_800)  # of 10,000 examples on a busy machine
 @settings(max_examples=10_000 if LONG else 60, deadline=None)
 @given(NAMES, DATA, ATTRIBUTES)
 def test_both_encodings_mean_the_same(name: str, data: dict[str, Any], resource: list[Any]) -> None:
@@ -491,12 +493,54 @@ def test_a_stream_is_remembered_by_its_digest() -> None:
     assert {len(it) for it in found} == {32}
 
 
+EDITS = st.lists(st.tuples(st.floats(0, 1), st.integers(0, 4), st.binary(max_size=4)), max_size=4)
+
+
+@pytest.mark.timeout(1_800)  # of 10,000 examples on a busy machine
 @settings(max_examples=10_000 if LONG else 60, deadline=None)
-@given(st.binary(max_size=60), st.sampled_from([PROTOBUF, JSON]))
-def test_any_bytes_are_an_export_or_invalid(body: bytes, media_type: str) -> None:
-    """No bytes raise anything but `Invalid`."""
+@given(NAMES, DATA, ATTRIBUTES, EDITS, st.sampled_from([PROTOBUF, JSON]))
+def test_any_bytes_are_an_export_or_invalid(
+    name: str, data: dict[str, Any], resource: list[Any], edits: list[tuple[float, int, bytes]], media_type: str
+) -> None:
+    """No bytes raise anything but `Invalid`: exports of which some are cut out, or replaced by others."""
+    of = {"resource": {"attributes": resource}, "scopeMetrics": [{"metrics": [{"name": name, **data}]}]}
+    message = ParseDict({"resourceMetrics": [of]}, ExportMetricsServiceRequest(), ignore_unknown_fields=True)
+    body = message.SerializeToString() if media_type == PROTOBUF else json.dumps(MessageToDict(message)).encode()
+    for place, count, more in edits:
+        at = int(place * len(body))
+        body = body[:at] + more + body[at + count :]
     with suppress(Invalid):
         parse_export(body, media_type, 10, [])
+
+
+HOSTILE = {
+    "attributes": (PROTOBUF, b"\x0a\x0c\x12\x0a\x12\x08\x3a\x06\x0a\x04\x3a\x02\x0a\x00"),
+    "unknown fields": (PROTOBUF, b"\x78\x01"),
+    "long numbers": (PROTOBUF, b"\x78" + b"\xff" * 9 + b"\x01"),
+    "empty groups": (PROTOBUF, b"\x0a\x02\x12\x00"),
+    "brackets": (JSON, b"["),
+    "objects": (JSON, b'{"a":'),
+    "quotes": (JSON, b'"\\u0000'),
+    "digits": (JSON, b"9"),
+    "keys": (JSON, b'{"resourceMetrics":[],"'),
+}
+
+
+@pytest.mark.parametrize("kind", [*HOSTILE])
+def test_the_time_is_linear(kind: str) -> None:
+    """A body of eight times the length takes no more than a few times as long, whatever it is made of."""
+    media_type, part = HOSTILE[kind]
+    times = []
+    for size in (8_192, 65_536):
+        body = part * (size // len(part))
+        spent = []
+        for _ in range(3):
+            start_s = time.thread_time()
+            with suppress(Invalid):
+                parse_export(body, media_type, 100_000, [])
+            spent.append(time.thread_time() - start_s)
+        times.append(min(spent))
+    assert times[1] < 24 * times[0] + 0.02, times
 
 
 def test_groups_without_points_are_bounded() -> None:

@@ -57,8 +57,8 @@ class Cluster:
         self.markers_missing: dict[int, int] = {}
         """By changelog partition without the marker of an acknowledged commit, where the first such commit begins."""
         self._waited_count = 0
-        self._letters_missing: dict[int, int] = {}
-        """By partition, where the dead letters of the first such commit begin."""
+        self.letters_missing: dict[int, int] = {}
+        """By partition with dead letters that lack their marker, where the first of them stands."""
         self.undone: set[int] = set()
         """Partitions in which the broker has aborted commits that it had acknowledged."""
         self._true_time = true_time
@@ -91,10 +91,11 @@ class Cluster:
         self.cuts[partition].append((position, end_offset))
         del self.ends[partition][:-6], self.cuts[partition][:-6]
 
-    def marker_written(self, partition: int) -> None:
-        """Note the marker of a commit, which stands for those that are missing before it, too."""
+    def markers_written(self, partition: int, *, in_letters: bool) -> None:
+        """Note the markers of a transaction, which stand for those that are missing before them in the same topic, too."""
         self.markers_missing.pop(partition, None)
-        self._letters_missing.pop(partition, None)
+        if in_letters:
+            self.letters_missing.pop(partition, None)
 
     def leave_out_marker(self, partition: int, entry_count: int, letter_count: int) -> None:
         """Take back the markers of the newest commit, as a broker does that was fenced at the wrong time."""
@@ -103,18 +104,19 @@ class Cluster:
         at.markers.remove(at.end_offset)
         self.markers_missing.setdefault(partition, at.end_offset - entry_count)
         letters = self.memory.partition(DEAD_LETTERS, partition)
-        marker_count = self.memory.marker_count if letter_count else 0
-        self._letters_missing.setdefault(partition, letters.end_offset - letter_count - marker_count)
+        if letter_count:
+            self.letters_missing.setdefault(partition, letters.end_offset - letter_count - self.memory.marker_count)
 
-    def abort_with_unmarked(self, partition: int, count: int) -> None:
-        """Abort a transaction of `count` records, and with it the commits before it whose markers are missing."""
+    def abort_with_unmarked(self, partition: int, count: int, *, in_letters: bool) -> None:
+        """Abort a transaction of `count` entries, and with it what stands before it in its topics without a marker."""
         begin = self.markers_missing.pop(partition)
         at = self.memory.partition(CHANGELOG, partition)
         self.memory.skip(CHANGELOG, partition, count + 1)
-        at.rows = [row for row in at.rows if row.offset < begin]
+        at.rows = [row for row in at.rows if row.offset < begin or row.offset in self.forged[partition]]
         at.markers.update(range(begin, at.end_offset))
-        letters, first = self.memory.partition(DEAD_LETTERS, partition), self._letters_missing.pop(partition)
-        letters.rows = [row for row in letters.rows if row.offset < first]
+        letters = self.memory.partition(DEAD_LETTERS, partition)
+        if in_letters and (first := self.letters_missing.pop(partition, None)) is not None:
+            letters.rows = [row for row in letters.rows if row.offset < first]
         self.cuts[partition] = [cut for cut in self.cuts[partition] if cut[1] <= begin]
         self.ends[partition] = [end for end in self.ends[partition] if end <= begin]
         ours = (row.value for row in reversed(at.rows) if row.key == POSITION and row.offset not in self.forged[partition])
@@ -194,6 +196,8 @@ class Cluster:
             end = min(pin.offset, end)
         if topic == CHANGELOG:
             end = min(self.markers_missing.get(partition, end), end)
+        if topic == DEAD_LETTERS:
+            end = min(self.letters_missing.get(partition, end), end)
         return Watermarks(start, max(start, end))
 
     # Losses

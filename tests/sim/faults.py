@@ -25,7 +25,7 @@ from pipeline.ports import (
     Transaction,
     Watermarks,
 )
-from pipeline.topics import CHANGELOG, DELTAS
+from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.follower import read_meta
 from tests.sim.clocks import NodeClock
 from tests.sim.cluster import Cluster, Deposed
@@ -246,7 +246,8 @@ class FaultyTransaction:
         if self.fenced:
             raise Failure(f"{self._process.name} was fenced, but could commit as {self._id}")
         partition, auditor = int(self._id.rsplit("-", 1)[1]), self._cluster.auditor
-        self._cluster.marker_written(partition)
+        in_letters = any(message.topic == DEAD_LETTERS for message in messages)
+        self._cluster.markers_written(partition, in_letters=in_letters)
         if self.marker_count and self._leaves_out_marker():
             count = sum(message.topic == CHANGELOG for message in messages)
             self._cluster.leave_out_marker(partition, count, len(messages) - count)
@@ -261,7 +262,8 @@ class FaultyTransaction:
         place = CHANGELOG, partition
         if partition not in self._cluster.markers_missing or place not in begins:
             return None
-        self._cluster.abort_with_unmarked(partition, sum(message.topic == CHANGELOG for message in messages))
+        count = sum(message.topic == CHANGELOG for message in messages)
+        self._cluster.abort_with_unmarked(partition, count, in_letters=count < len(messages))
         return Displaced("the broker has left out the marker of the last transaction")
 
     def close(self) -> None:

@@ -160,8 +160,8 @@ class LogFaults:
         """Write to the changelog as a stranger: noise, an entry of no known kind, or an entry that looks true."""
         world, rng = self.world, self.world.rng
         partition = rng.randrange(world.partition_count)
-        if partition in world.cluster.markers_missing:
-            return  # an owner can't tell a single record that stands in the place of a marker from the marker
+        if partition in world.cluster.letters_missing:
+            return  # an owner that takes the record for a marker can't know that its dead letters lack theirs
         state = world.auditor.states[partition]
         how = rng.choice(("no key", "noise", "entry", "entry", "tombstone", "position", "position"))
         key: bytes | None = None

@@ -12,11 +12,12 @@ from pipeline.adapters.memory import MemoryStores
 from pipeline.core import codec
 from pipeline.core.answer import known
 from pipeline.core.codec import encode_batch
+from pipeline.core.letters import no_letter_key
 from pipeline.core.record import EPOCH_NONE, FENCE_KEY, POSITION_KEY, Batch, Group, producer_key, series_suffix
 from pipeline.errors import Discontinuous, NotReady, PipelineError, RecordsLost, StoreAhead, Unavailable
 from pipeline.ports import Message, Transaction, Watermarks
 from pipeline.settings import WorkerSettings
-from pipeline.topics import CHANGELOG, DELTAS
+from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.figures import partition_status
 from pipeline.worker.follower import Follower, read_meta, read_position
 from pipeline.worker.partition import OwnedPartition
@@ -176,6 +177,8 @@ def test_markers_that_are_left_out(world: _World, count: int, from_commit: bool)
     begun_s = world.clock.s
     owner = world.owner(stopping=lambda: world.clock.s > begun_s + 5 * PATIENCE_S)
     assert written == count - from_commit + 1
+    letters = [(row.key, row.value) for row in world.log.partition(DEAD_LETTERS, 0).rows]
+    assert letters == [(no_letter_key(0), None)] * (written - 1), "dead letters lack the same markers"
     assert len(world.log.partition(CHANGELOG, 0).rows) < before + written, "compacted"
     assert series_of(owner.store) == {"x": 11, "y": 11}
     world.send(x=1)

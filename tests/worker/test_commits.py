@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.core.commit import Counts
+from pipeline.core.record import Records
 from pipeline.metrics import NO_METRICS
 from pipeline.settings import WorkerSettings
 from pipeline.worker.active import ActivePartition
@@ -21,8 +22,10 @@ class _Scheduled:
 
     def __init__(self) -> None:
         self.clock = HandClock()
-        self.task = SimpleNamespace(dirty=False, full=False, counts=Counts())
-        partition: Any = SimpleNamespace(number=0, task=self.task, needs_commit=lambda *_: False, finish=lambda _: None)
+        self.task = SimpleNamespace(dirty=False, full=False, counts=Counts(), next_offset=1)
+        partition: Any = SimpleNamespace(
+            number=0, task=self.task, needs_commit=lambda *_: False, finish=lambda _: None, fold=self._fold
+        )
         self.active = ActivePartition(partition, 10.0)
         self.active.end_start()
         settings = WorkerSettings(commit_interval_ms=100)
@@ -32,9 +35,13 @@ class _Scheduled:
         assert not self.commits.begin([self.active])
         assert self.active.due_s is None, "nothing was folded since the freeze"
 
+    def _fold(self, _: Records) -> None:
+        self.task.dirty = True
+
     def fold(self) -> float:
         """Fold something while the commit is under way; return when the next commit is due by the interval."""
-        self.task.dirty = True
+        self.active.take(Records(0, [0], [0], [None], [b""], 1))
+        assert self.active.fold()
         assert not self.commits.begin([self.active])
         return self.clock.s + 0.1
 

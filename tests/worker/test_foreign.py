@@ -10,6 +10,7 @@ import pytest
 import pipeline.metrics as m
 from pipeline.adapters.memory import MemoryStores
 from pipeline.core.codec import FORMAT, decode_position, encode_fence, encode_position
+from pipeline.core.letters import no_letter_key
 from pipeline.core.record import (
     FENCE_KEY,
     POSITION_KEY,
@@ -26,8 +27,9 @@ from pipeline.core.record import (
 )
 from pipeline.errors import RecordsLost, StoreAhead, StoreCorrupt
 from pipeline.ports import Message
+from pipeline.query.dead_letters import DeadLetters, LetterFilter
 from pipeline.settings import WorkerSettings
-from pipeline.topics import CHANGELOG, DELTAS
+from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.partition import OwnedPartition
 from pipeline.worker.replicas import ReplicaLoop
 from tests.support import HandClock
@@ -286,6 +288,49 @@ def test_a_commit_whose_marker_is_left_out(world: _World) -> None:
     world.commit(b=1)
     assert world.read() == {"a": 2, "b": 3}
     assert series_of(world.new_owner().store) == {"a": 2, "b": 3}
+
+
+def test_dead_letters_whose_marker_is_left_out(world: _World) -> None:
+    """The owner writes the next marker to the dead letters of the commit, too, with a record that no reader heeds."""
+    world.log.append([Message(DELTAS, 0, None, b"noise")], timeout_s=1)
+    rows = world.log.partition(DEAD_LETTERS, 0).rows
+    for count in (2, 2):  # the second commit has no letters
+        world.commit(b=1)
+        owner = world.worker.partitions[0]
+        assert owner.needs_commit(owner._committed_begin, world.clock.s + 6)
+        owner.commit()
+        assert [row.key for row in rows][1:] == [no_letter_key(0)] * (count - 1)
+    letters = DeadLetters(world.log, world.clock)
+    (line,) = letters.listing(LetterFilter(), 10).letters
+    assert letters.get(line.key)
+    assert letters.listing(LetterFilter(), 10).foreign_count == 0
+    assert [it.result for it in letters.replay(LetterFilter(), limit=9, timeout_s=1).outcomes] == ["not replayed"]
+
+
+def test_a_record_in_the_place_of_a_marker(world: _World) -> None:
+    """An owner takes the record for the marker; readers leave it out, and the next owner that reads it repairs its key.
+
+    Further records of the same kind, and commits of other keys, do not hide it. Its key needs no repair once a commit has
+    written it.
+    """
+    at, theirs = world.log.partition(CHANGELOG, 0), strange(world)["a series with a state that is not ours"]
+    if world.log.marker_count:
+        at.end_offset -= 1
+        at.markers.remove(at.end_offset)
+        world.write(*theirs)
+    else:  # as if the log had markers
+        world.worker.partitions[0]._begin += 1
+        world.write(*theirs)
+    world.commit(b=1)
+    world.commit(b=1)
+    assert world.read() == {"a": 2, "b": 4}
+    assert world.newest()[A] == theirs[1], "the owner has not seen it"
+    owner = world.new_owner()
+    assert series_of(owner.store) == {"a": 2, "b": 4}
+    world.log.compact(CHANGELOG, 0, world.log.watermarks(CHANGELOG, 0).end_offset)
+    count = len(at.rows)
+    assert series_of(world.new_owner().store) == {"a": 2, "b": 4}
+    assert len(at.rows) == count + 1, "a fence record, and no repair"
 
 
 @pytest.mark.parametrize(

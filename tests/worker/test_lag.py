@@ -27,12 +27,13 @@ class Watched:
         self.stable: dict[int, int] = {}
         """Last stable offsets, where they are not the ends."""
         self.commits: list[dict[int, int]] = []
-        self.looks = 0
+        self.starts = {0: 2, 1: 0}
+        self.looks = self.start_looks = 0
         self.ends_fail = self.commits_fail = False
         self.mirror = LagReporter(
             lambda: dict(self.positions),
             ends=self._ask_ends,
-            start_offsets=lambda: {0: 2, 1: 0},
+            start_offsets=self._ask_starts,
             commit=self._commit,
             clock=self.clock,
             interval_ms=interval_ms,
@@ -44,6 +45,10 @@ class Watched:
         if self.ends_fail:
             raise Unavailable("the log is away")
         return DeltasEnds(self.ends, self.ends | self.stable)
+
+    def _ask_starts(self) -> dict[int, int]:
+        self.start_looks += 1
+        return dict(self.starts)
 
     def _commit(self, positions: Mapping[int, int]) -> None:
         if self.commits_fail:
@@ -80,6 +85,19 @@ def test_lag_and_margin(monkeypatch: pytest.MonkeyPatch) -> None:
         it.positions[1] = 8  # ahead of what was seen
         it.look_twice()
         assert it.metrics.of(m.LAG, 1) == 0
+
+
+def test_start_offsets_are_asked_for_every_ten_seconds() -> None:
+    """The ends are asked for in every step, the start offsets every ten seconds: only retention moves them."""
+    it = Watched()
+    for _ in range(3):
+        it.mirror.step()
+    it.starts[0] = 4
+    it.mirror.step()
+    assert (it.looks, it.start_looks, it.metrics.of(m.RETENTION_MARGIN, 0)) == (4, 1, 3)
+    it.clock.s += 10
+    it.mirror.step()
+    assert (it.looks, it.start_looks, it.metrics.of(m.RETENTION_MARGIN, 0)) == (5, 2, 1)
 
 
 def test_what_is_lost_has_no_lag(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
 
 import pytest
 
@@ -17,6 +18,7 @@ from pipeline.errors import NotReady, PipelineError, RecordsLost, Unavailable
 from pipeline.ports import NO_BEGINS, Begins, Message, Transaction
 from pipeline.settings import WorkerSettings
 from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
+from pipeline.worker.active import ActivePartition
 from pipeline.worker.loop import WorkerLoop
 from pipeline.worker.partition import OwnedPartition
 from tests.support import wait_until
@@ -251,6 +253,23 @@ def test_an_idle_owner_repairs_what_others_cover_up(value: bytes | None) -> None
     finally:
         assert pool.loop.stop(30)
     assert not pool.errors
+
+
+def test_an_idle_worker_asks_for_the_ends_of_the_changelog_every_few_seconds_only() -> None:
+    """An idle worker asks every five seconds, one that has committed each time. It looks at each answer once."""
+    loop = _Pool(1).loop
+    loop._commits.ended_s = -15.0
+    assert loop.wants_changelog_ends(5.0)
+    loop.note_changelog_ends(5.0, {0: 7})
+    assert [loop.wants_changelog_ends(at_s) for at_s in (5.0, 9.9, 10.0)] == [False, False, True]
+    loop._commits.ended_s = 5.0
+    assert [loop.wants_changelog_ends(at_s) for at_s in (6.0, 19.9)] == [True, True]
+    asked: list[int] = []
+    partition = SimpleNamespace(number=0, needs_commit=lambda end_offset, _: bool(asked.append(end_offset) or end_offset))
+    active = ActivePartition(cast("OwnedPartition", partition), 1.0)
+    answers = [(1.0, {0: 7}), (1.0, {0: 7}), (2.0, {})]
+    assert [active.needs_commit(ends) for ends in answers for _ in range(2)] == [True, False, True, False, False, False]
+    assert asked == [7, 7, 0]
 
 
 def test_partitions_that_come_later_are_folded_too() -> None:

@@ -88,6 +88,7 @@ class AgentsApp(MemberApp):
     """
 
     BootStrategy = _AgentsBoot
+    fetches_nothing = False
 
     def __init__(self, publisher: Any, *, on_error: str = "skip", **options: Any) -> None:
         if on_error not in ("skip", "stop"):

@@ -17,7 +17,6 @@ from confluent_kafka import KafkaException, Producer, cimpl, libversion
 from pipeline import native
 from pipeline.adapters.kafka.errors import error_of
 from pipeline.errors import Invalid
-from pipeline.ports import Message
 
 _log = logging.getLogger(__name__)
 _PLUGINS = "plugin.library.paths"
@@ -34,8 +33,17 @@ _FUNCTIONS = (
 class BatchProducer(Protocol):
     """The native core's class of that name. It keeps its producer alive."""
 
-    def produce(self, topic: str, partition: int, messages: Sequence[Message], start: int, end: int) -> tuple[int, int]:
-        """Enqueue `messages[start:end]`; return the number of the first that is not enqueued, and the code of its error.
+    def produce(
+        self,
+        topic: str,
+        partition: int,
+        keys: Sequence[bytes | None],
+        values: Sequence[bytes | None],
+        start: int,
+        end: int,
+    ) -> tuple[int, int]:
+        """Enqueue messages with `keys[start:end]` and `values[start:end]`; return the number of the first that is not
+        enqueued, and the code of its error.
 
         Returns `end` and 0 if all are enqueued. If the code is that of a full queue, none of the others is enqueued.
         """

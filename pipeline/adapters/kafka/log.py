@@ -176,7 +176,7 @@ class KafkaLog:
         return self._retry(lambda: self._ask_offsets(self._places(topic), OffsetSpec.earliest()))
 
     def _places(self, topic: str) -> list[TopicPartition]:
-        return self._some(topic, range(self._metadata.ask(topic, min(self._timeout_s, _ATTEMPT_S))))
+        return self._some(topic, range(self._metadata.recent(topic, min(self._timeout_s, _ATTEMPT_S))))
 
     def _some(self, topic: str, partitions: Iterable[int]) -> list[TopicPartition]:
         return [TopicPartition(self.address.topic(topic), partition) for partition in partitions]

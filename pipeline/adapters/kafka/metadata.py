@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 _FIRST_S = 1.0
 """Longest wait for a first answer, so that a publisher that buffers meanwhile is not held up."""
 _FRESH_S = 0.5
-"""Age from which a partition count is fetched again before a partition is reported as missing."""
+"""Age from which a partition count is fetched again before a partition is reported as missing, or offsets are asked for."""
 _ASSUMED_BYTES_MAX = 1_000_000
 """Assumed limit without the permission to read it: a little below Kafka's default, for the overhead."""
 _OVERHEAD_BYTES = 1_024
@@ -84,6 +84,13 @@ class Metadata:
             return self.ask(topic, _FIRST_S)
         if self._clock.monotonic_s() - known.at_s > self._refresh_s:
             self._ask_behind(topic)
+        return known.partition_count
+
+    def recent(self, topic: str, timeout_s: float) -> int:
+        """Return what `ask` does, or its answer of a moment ago: one step asks for several kinds of offsets."""
+        known = self._known.get(topic)
+        if known is None or self._clock.monotonic_s() - known.at_s > _FRESH_S:
+            return self.ask(topic, timeout_s)
         return known.partition_count
 
     def ask(self, topic: str, timeout_s: float) -> int:

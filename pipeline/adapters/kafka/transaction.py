@@ -8,7 +8,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import groupby, repeat
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, Producer
 from confluent_kafka import Message as Delivered
@@ -16,7 +16,7 @@ from confluent_kafka import Message as Delivered
 from pipeline.adapters.kafka.batches import BatchProducer, new_producer
 from pipeline.adapters.kafka.errors import Verdict, code_of, describe, error_of, translate, verdict_of
 from pipeline.errors import Discontinuous, Displaced, Fenced, PipelineError, Unavailable
-from pipeline.ports import NO_BEGINS, Begins, Clock, Message, check_begins
+from pipeline.ports import NO_BEGINS, Begins, Clock, Message, MessageRun, check_begins
 from pipeline.secret import revealed
 
 _log = logging.getLogger(__name__)
@@ -28,19 +28,15 @@ class _Aborted(Exception):
     """Nothing of the attempt is or will become visible; the same messages can be sent again."""
 
 
-class _MessageRun(NamedTuple):
-    """Neighbouring messages for the same partition: a commit has tens of thousands, in one or two runs."""
-
-    topic: str
-    partition: int
-    messages: Sequence[Message]
-
-
-def _runs(messages: Sequence[Message]) -> list[_MessageRun]:
-    topics, partitions = {message.topic for message in messages}, {message.partition for message in messages}
-    if len(topics) == len(partitions) == 1:
-        return [_MessageRun(topics.pop(), partitions.pop(), messages)]
-    return [_MessageRun(*place, [*run]) for place, run in groupby(messages, attrgetter("topic", "partition"))]
+def _runs(messages: Sequence[Message]) -> list[MessageRun]:
+    """Return neighbouring messages for the same partition together: a commit has tens of thousands, in one or two runs."""
+    if isinstance(messages, MessageRun):
+        return [messages]
+    runs = []
+    for (topic, partition), neighbours in groupby(messages, attrgetter("topic", "partition")):
+        run = [*neighbours]
+        runs.append(MessageRun(topic, partition, [it.key for it in run], [it.value for it in run]))
+    return runs
 
 
 class _Reports:
@@ -134,8 +130,8 @@ class KafkaTransaction:
         if not messages:
             return []
         runs = _runs(messages)
-        for topic, partition, _ in runs:
-            self._check(topic, partition)
+        for run in runs:
+            self._check(run.topic, run.partition)
         self._needs = "WRITE on topic " + " or ".join(sorted({self._broker_topic(run.topic) for run in runs}))
         deadline_s = self._clock.monotonic_s() + timeout_s
         try:
@@ -172,7 +168,7 @@ class KafkaTransaction:
     def _note_error(self, error: KafkaError) -> None:
         self._was_away = self._was_away or error.code() == KafkaError._ALL_BROKERS_DOWN
 
-    def _attempt(self, runs: Sequence[_MessageRun], begins: Begins, deadline_s: float) -> list[int]:
+    def _attempt(self, runs: Sequence[MessageRun], begins: Begins, deadline_s: float) -> list[int]:
         producer = self._open()
         reports = _Reports(every=self._ask_all)
         self._ask_all = False
@@ -208,20 +204,20 @@ class KafkaTransaction:
             self._ask_all = True
             raise
         covering: list[int] = []
-        for topic, partition, messages in runs:
-            next_offset = reports.covering.get((topic, partition))
+        for run in runs:
+            next_offset = reports.covering.get((run.topic, run.partition))
             if next_offset is None:
                 raise Unavailable(f"transaction {self._id}: committed, but the broker does not say where")
-            covering += repeat(next_offset, len(messages))
+            covering += repeat(next_offset, len(run))
         return covering
 
-    def _check_place(self, runs: Sequence[_MessageRun], begins: Begins, reports: _Reports, deadline_s: float) -> None:
+    def _check_place(self, runs: Sequence[MessageRun], begins: Begins, reports: _Reports, deadline_s: float) -> None:
         """Abort, and raise, unless everything stands where `begins` says, without foreign records in between.
 
         Without any report the producer is broken, and the commit reports it.
         """
         for place, begin in begins.items():
-            count = sum(len(run.messages) for run in runs if (run.topic, run.partition) == place)
+            count = sum(len(run) for run in runs if (run.topic, run.partition) == place)
             where = f"{place[0]}-{place[1]}"
             try:
                 if count and place in reports.placeless:
@@ -236,33 +232,35 @@ class KafkaTransaction:
                 self._abort(deadline_s)
                 raise
 
-    def _produce(self, producer: Producer, run: _MessageRun, reports: _Reports, deadline_s: float) -> None:
-        topic, partition, messages = run
-        name, report = self._broker_topic(topic), reports.callback(topic, partition)
-        silent = 0 if reports.every else len(messages) - 1
+    def _produce(self, producer: Producer, run: MessageRun, reports: _Reports, deadline_s: float) -> None:
+        name, report = self._broker_topic(run.topic), reports.callback(run.topic, run.partition)
+        silent = 0 if reports.every else len(run) - 1
+
+        def produce_with_report(number: int) -> None:
+            arguments = name, run.values[number], run.keys[number], run.partition, report
+            self._produce_in_time(producer, arguments, deadline_s)
+
         if silent:
-            first = messages[0]
-            self._produce_in_time(producer, (name, first.value, first.key, partition, report), deadline_s)
+            produce_with_report(0)
         if self._batches is not None:
             self._produce_at_once(producer, self._batches, run, silent, deadline_s)
         else:
             produce = producer.produce
-            for message in messages[1:silent]:
+            for key, value in zip(run.keys[1:silent], run.values[1:silent], strict=True):
                 try:
-                    produce(name, message.value, message.key, partition)
+                    produce(name, value, key, run.partition)
                 except BufferError:
-                    self._produce_in_time(producer, (name, message.value, message.key, partition), deadline_s)
-        for message in messages[silent:]:
-            self._produce_in_time(producer, (name, message.value, message.key, partition, report), deadline_s)
+                    self._produce_in_time(producer, (name, value, key, run.partition), deadline_s)
+        for number in range(silent, len(run)):
+            produce_with_report(number)
 
     def _produce_at_once(
-        self, producer: Producer, batches: BatchProducer, run: _MessageRun, end: int, deadline_s: float
+        self, producer: Producer, batches: BatchProducer, run: MessageRun, end: int, deadline_s: float
     ) -> None:
         """Produce the messages of a run between the first and number `end`, without reports; raise what `produce` would."""
-        topic, partition, messages = run
-        number = 1
+        name, number = self._broker_topic(run.topic), 1
         while number < end:
-            number, code = batches.produce(self._broker_topic(topic), partition, messages, number, end)
+            number, code = batches.produce(name, run.partition, run.keys, run.values, number, end)
             if code == KafkaError._QUEUE_FULL:
                 if self._clock.monotonic_s() >= deadline_s:
                     raise BufferError

@@ -5,7 +5,6 @@
 //! its interceptor is told of each new client, in the thread that makes it.
 
 use pyo3::exceptions::PyRuntimeError;
-use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PySequence};
 use pyo3::{PyTraverseError, PyVisit};
@@ -141,13 +140,16 @@ impl BatchProducer {
         visit.call(&self.producer) // its callbacks may lead back to this object
     }
 
-    /// Enqueue `messages[start:end]`. Returns the number of the first that is not enqueued, and its error, or `end` and 0.
+    #[allow(clippy::too_many_arguments)] // Python's call has them all
+    /// Enqueue messages with `keys[start:end]` and `values[start:end]`. Returns the number of the first that is not enqueued,
+    /// and its error, or `end` and 0.
     fn produce(
         &self,
         py: Python<'_>,
         topic: &str,
         partition: i32,
-        messages: &Bound<'_, PySequence>,
+        keys: &Bound<'_, PySequence>,
+        values: &Bound<'_, PySequence>,
         start: usize,
         end: usize,
     ) -> PyResult<(usize, i32)> {
@@ -164,7 +166,7 @@ impl BatchProducer {
         let mut at = start;
         while at < end {
             let to = (at + CHUNK).min(end);
-            let (chunk, _held) = gather(py, messages, at, to)?;
+            let (chunk, _held) = gather(keys, values, at, to)?;
             let error = py.detach(|| enqueue(functions.produce_batch, &topic, partition, chunk));
             if let Some((number, error)) = error {
                 return Ok((at + number, error));
@@ -177,8 +179,8 @@ impl BatchProducer {
 
 /// Return messages as librdkafka takes them, and what keeps their bytes alive.
 fn gather<'py>(
-    py: Python<'py>,
-    messages: &Bound<'py, PySequence>,
+    keys: &Bound<'py, PySequence>,
+    values: &Bound<'py, PySequence>,
     start: usize,
     end: usize,
 ) -> PyResult<(Chunk, Vec<Bound<'py, PyBytes>>)> {
@@ -194,9 +196,8 @@ fn gather<'py>(
         Ok(place)
     };
     for number in start..end {
-        let message = messages.get_item(number)?;
-        let (key, key_len) = hold(message.getattr(intern!(py, "key"))?)?;
-        let (value, value_len) = hold(message.getattr(intern!(py, "value"))?)?;
+        let (key, key_len) = hold(keys.get_item(number)?)?;
+        let (value, value_len) = hold(values.get_item(number)?)?;
         let (topic, private) = (null_mut(), null_mut());
         chunk.push(Message { err: 0, topic, partition: 0, value, value_len, key, key_len, offset: 0, private });
     }

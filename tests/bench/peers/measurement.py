@@ -184,11 +184,16 @@ class Bench:
 
     def _check(self, tool: Tool, place: Place, totals: Mapping[str, int]) -> None:
         """Raise `Failed` unless the committed changelog holds exactly these totals."""
-        found = tool.read(entries(self.broker.bootstrap, self.changelog(tool, place), place.partitions))
-        if found != totals:
-            wrong = [(name, found.get(name), total) for name, total in totals.items() if found.get(name) != total]
-            sums = f"their sum is {sum(found.values()):,}, must be {sum(totals.values()):,}"
-            raise Failed(f"WRONG TOTALS: {len(wrong):,} of {len(totals):,}, such as {wrong[:3]}; {sums}")
+        check(tool.read(entries(self.broker.bootstrap, self.changelog(tool, place), place.partitions)), totals)
+
+
+def check(found: Mapping[str, int], totals: Mapping[str, int]) -> None:
+    """Raise `Failed` unless the totals that were found are exactly these."""
+    if found != totals:
+        names = found.keys() | totals.keys()
+        wrong = sorted((name, found.get(name), totals.get(name)) for name in names if found.get(name) != totals.get(name))
+        sums = f"their sum is {sum(found.values()):,}, must be {sum(totals.values()):,}"
+        raise Failed(f"WRONG TOTALS: {len(wrong):,} of {len(totals):,}, such as {wrong[:3]}; {sums}")
 
 
 def entries(bootstrap: str, topic: str, partitions: int) -> list[tuple[bytes, bytes]]:

@@ -62,6 +62,8 @@ def _work(name: str, by_tool: dict[str, list[Measured]]) -> list[list[str]]:
     return rows
 
 
+_TOLD_S = 0.2
+"""CPU of a restore above which it stands out from the differences between two starts of a process."""
 _PARTS = ("publisher_s", "worker_s", "broker_s")
 
 
@@ -74,7 +76,8 @@ def _restores(found: Report) -> list[str]:
             seconds = mid(runs, lambda it: it.restore_wall_s)
             mb = mid(runs, lambda it: it.restore_mb)
             ratio = _ratio(rate, next(iter(rates.values())))
-            rows.append([tool, f"{runs[0].restored:,}", f"{rate:,.0f}", ratio, f"{seconds:.1f}", f"{mb:.0f}"])
+            cells = [f"{rate:,.0f}", ratio] if mid(runs, lambda it: it.restore_cpu_s) > _TOLD_S else ["too few to tell", "-"]
+            rows.append([tool, f"{runs[0].restored:,}", *cells, f"{seconds:.1f}", f"{mb:.0f}"])
     head = ["restore from the changelog", "entries", "entries/CPU s", "ratio", "s from start to ready", "peak MB"]
     return ["", *table(head, rows)] if rows else []
 

@@ -72,8 +72,8 @@ class Tool(NamedTuple):
     ready: Callable[[Place], bool] | None = None
     """Return whether the worker is restored; None: it prints a line, or does not tell."""
     prints_ready: bool = False
-    slow: bool = False
-    """Given fewer deltas, since it would take very long."""
+    slow: int = 0
+    """Share of `--slow` that is the most deltas of this tool, which would take very long: 1 of so many; 0: no limit."""
 
     @property
     def is_ours(self) -> bool:
@@ -187,8 +187,8 @@ def _streams_command(place: Place) -> list[str]:
 def _python(folder: str, script: str) -> Callable[[Place], Sequence[str]]:
     def command(place: Place) -> list[str]:
         program = [str(place.cache / folder / "bin" / "python"), "-P", str(HERE / script)]
-        where = [place.bootstrap, place.topic, place.name, str(place.data), str(place.commit_ms / 1000)]
-        return [*program, *where, *([str(place.partitions)] if script == "faust_app.py" else [])]
+        last = place.partitions if script == "faust_app.py" else place.commit_ms / 1000
+        return [*program, place.bootstrap, place.topic, place.name, str(place.data), str(last)]
 
     return command
 
@@ -247,16 +247,16 @@ TOOLS: Sequence[Tool] = (
         _venv(f"quix-{QUIX}", f"quixstreams=={QUIX}"),
         _python(f"quix-{QUIX}", "quix_app.py"),
         _read_quix,
-        slow=True,
+        slow=1,
     ),
     Tool(
         "Faust",
-        f"{FAUST}, stock: at least once, table in memory; a message for each delta",
+        f"{FAUST}, stock: at least once, table in memory, its default commit interval of 2.8 s; a message for each delta",
         "producer",
         "text",
         _venv(f"faust-{FAUST}", f"faust-streaming=={FAUST}", "aiokafka==0.14.0", "cramjam>=2.9,<3"),
         _python(f"faust-{FAUST}", "faust_app.py"),
         _read_faust,
-        slow=True,
+        slow=10,
     ),
 )
