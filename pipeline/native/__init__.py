@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline.errors import Invalid
 
-VERSION = 10
+VERSION = 11
 """The version of the extension that this package needs; `src/lib.rs` has the same number."""
 VARIABLE = "PIPELINE_NATIVE"
 _MODULE = "pipeline_native"

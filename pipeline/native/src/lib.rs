@@ -24,7 +24,7 @@ mod wire;
 use pyo3::prelude::*;
 
 /// Rises with every change of what Python sees of this crate; `pipeline/native/__init__.py` names the one that it needs.
-const VERSION: u32 = 10;
+const VERSION: u32 = 11;
 
 #[pymodule(gil_used = false)]
 fn pipeline_native(m: &Bound<'_, PyModule>) -> PyResult<()> {
