@@ -311,6 +311,10 @@ class Clock(Protocol):
         """Seconds on a clock that never goes back."""
         ...
 
+    def thread_cpu_s(self) -> float:
+        """Seconds of CPU time that the calling thread has used."""
+        ...
+
     def new_id(self) -> str:
         """Return an identifier that was never returned before, here or elsewhere."""
         ...
@@ -422,20 +426,21 @@ class Orders(Protocol):
         ...
 
 
+Fitted = tuple[Token, list[Refusal]]
+"""A token that covers what was accepted, and what was left out."""
+
+
 class Ingest(Orders, Protocol):
     """Accepts deltas and batches for an HTTP server. Safe from any thread; blocks until the log has acknowledged them."""
 
-    def deltas(self, deltas: Sequence[RawDelta], key: RequestKey | None = None) -> Token:
+    def deltas(self, deltas: Sequence[RawDelta], key: RequestKey | None = None, bounds: Bounds | None = None) -> Token:
         """Accept all deltas. Raises `Invalid`, saying which one is wrong and why, if none is accepted, and `Unavailable` if
-        any of them may be. With a `key`, a repeat counts once.
+        any of them may be. With a `key`, a repeat counts once. What a delta lacks it gets from definitions within `bounds`.
         """
         ...
 
-    def fitting(self, deltas: Sequence[RawDelta], key: RequestKey | None = None) -> tuple[Token, list[Refusal]]:
-        """Accept all valid deltas; return the others, by index as `line`. Raises `Unavailable` as `deltas` does.
-
-        Here, as in Prometheus, an empty label is none: a delta may lack labels that its view has.
-        """
+    def fitting(self, deltas: Sequence[RawDelta], key: RequestKey | None = None, bounds: Bounds | None = None) -> Fitted:
+        """Accept all valid deltas; return the others, by index as `line`. An empty label is none: deltas may lack some."""
         ...
 
     def batches(self, batches: Sequence[bytes], secret: str, bounds: Bounds | None = None) -> tuple[list[int], Token]:

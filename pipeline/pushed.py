@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from pipeline.core.token import Token
-from pipeline.ports import RawDelta, Refusal, RequestKey
+from pipeline.core.grants import Bounds
+from pipeline.ports import Fitted, RawDelta, Refusal, RequestKey
 
 
 class RunningTotal(NamedTuple):
@@ -51,6 +51,8 @@ class SentIncreases(NamedTuple):
     known: dict[bytes, StreamTotals]
     """Totals that are published once the increases are."""
     at_ms: int
+    bounds: Bounds | None = None
+    """Bounds of the access token that the totals came with."""
 
 
 class SavedTotals(NamedTuple):
@@ -81,8 +83,9 @@ class TotalsMemory(Protocol):
 class TotalsPublisher(Protocol):
     """Publishes the increases of totals. Safe from any thread."""
 
-    def publish(self, totals: Sequence[RunningTotal], key: RequestKey) -> tuple[Token, list[Refusal]]:
-        """Publish the increases; return what was left out. `key` identifies the request and its repeats.
+    def publish(self, totals: Sequence[RunningTotal], key: RequestKey, bounds: Bounds | None = None) -> Fitted:
+        """Publish the increases; return what was left out. `key` identifies the request and its repeats;
+        `bounds` are those of the access token.
 
         Raises `Unavailable` if they may be published: the request can be repeated, and counts once.
         """

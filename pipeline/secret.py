@@ -128,11 +128,6 @@ def revealed(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value.reveal() if isinstance(value, Secret) else value for name, value in found.items()}
 
 
-def redacted(text: str) -> str:
-    """Return a text with the user and password of each URL in it hidden."""
-    return _USER_OF_URL.sub(f"{_HIDDEN}@", text)
-
-
 def redacted_url(url: str) -> str:
     """Return a URL, or what was given as one, without what stands before the last `@` and behind a `?`."""
     before, at, rest = url.rpartition("@")

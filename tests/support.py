@@ -126,6 +126,9 @@ class HandClock:
     def monotonic_s(self) -> float:
         return self.s
 
+    def thread_cpu_s(self) -> float:
+        return 0.0
+
     def new_id(self) -> str:
         return "an-id"
 

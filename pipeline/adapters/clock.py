@@ -23,5 +23,8 @@ class SystemClock:
     def monotonic_s(self) -> float:
         return time.monotonic()
 
+    def thread_cpu_s(self) -> float:
+        return time.thread_time()
+
     def new_id(self) -> str:
         return os.urandom(16).hex()  # a random UUID's worth; the uuid module takes longer to import than all of this

@@ -38,6 +38,7 @@ from rocksdict import (
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.datadir import aside, translate_os
+from pipeline.adapters.open_files import files_limit, files_of_store
 from pipeline.core.query import Entry
 from pipeline.core.record import runs
 from pipeline.errors import Invalid, NoSpace, NotFound, NotReady, PipelineError, StoreCorrupt, Unavailable
@@ -332,11 +333,13 @@ class RocksStore:
 class RocksStores:
     """A `ports.Stores` with one RocksDB for each partition and one memory budget for all.
 
-    With `read_only`, `open` raises `NotFound` if there is no store, and nothing changes.
+    About `count` of them are open at once. With `read_only`, `open` raises `NotFound` if there is no store, and nothing
+    changes.
     """
 
-    def __init__(self, path: Path, settings: LogSettings, *, read_only: bool = False) -> None:
+    def __init__(self, path: Path, settings: LogSettings, *, count: int = 16, read_only: bool = False) -> None:
         self._path = path
+        self._files_max = files_of_store(files_limit(), count)
         self._read_only = read_only
         self._cache = Cache(settings.store_cache_bytes)
         self._buffers = WriteBufferManager.new_write_buffer_manager_with_cache(
@@ -360,7 +363,7 @@ class RocksStores:
         options.set_write_buffer_manager(self._buffers)
         options.set_write_buffer_size(16 * 2**20)
         options.set_compression_type(DBCompressionType.none())
-        options.set_max_open_files(256)
+        options.set_max_open_files(self._files_max)
         options.set_keep_log_file_num(2)
         options.set_max_background_jobs(2)
         return options

@@ -18,6 +18,7 @@ from zlib import crc32
 
 from pipeline.adapters.datadir import aside, translate_os
 from pipeline.core.distribution import Distribution
+from pipeline.core.grants import Bounds
 from pipeline.errors import NewerFormat, Unavailable
 from pipeline.folders import open_file
 from pipeline.ports import RawDelta, RequestKey
@@ -35,7 +36,10 @@ COMMIT;
 
 
 class TotalsFile:
-    """The file of a data directory that this process has locked. `log_id` names the log that the totals are counted in."""
+    """The file of a data directory that this process has locked.
+
+    `log_id` names the log that the totals are counted in, and what else decides where a key goes in it.
+    """
 
     def __init__(self, path: Path, log_id: str, now_ms: Callable[[], int]) -> None:
         self._path = path
@@ -56,7 +60,7 @@ class TotalsFile:
         else:
             if saved is None or saved[0] == self._log_id:
                 return saved and saved[1]
-            reason = "belongs to another log"
+            reason = "belongs to another log, or was written with other `idempotent_partitions`"
         self.close()
         kept = aside(self._path, self._now_ms())
         _log.error("%s %s. It is kept as %s; what streams had before is not counted", self._path, reason, kept.name)
@@ -148,11 +152,13 @@ def _totals(parts: Any) -> StreamTotals:
 def _sent_parts(sent: SentIncreases) -> Any:
     deltas = [it._replace(labels={**it.labels}, value=_value_parts(it.value)) for it in sent.deltas]
     key = sent.key.path, sent.key.key, sent.key.digest.hex()
-    return deltas, sent.lines, key, {stream.hex(): _parts(it) for stream, it in sent.known.items()}, sent.at_ms
+    bounds = [] if sent.bounds is None else [sent.bounds.views, sent.bounds.labels]
+    return deltas, sent.lines, key, {stream.hex(): _parts(it) for stream, it in sent.known.items()}, sent.at_ms, *bounds
 
 
 def _sent(parts: Any) -> SentIncreases:
-    rows, lines, (path, key, digest), known, at_ms = parts
+    rows, lines, (path, key, digest), known, at_ms, *bounded = parts
     deltas = [it._replace(value=_value(it.value)) for it in map(RawDelta._make, rows)]
     totals = {bytes.fromhex(stream): _totals(it) for stream, it in known.items()}
-    return SentIncreases(deltas, lines, RequestKey(path, key, bytes.fromhex(digest)), totals, at_ms)
+    bounds = Bounds(tuple(bounded[0]), tuple(map(tuple, bounded[1]))) if bounded else None
+    return SentIncreases(deltas, lines, RequestKey(path, key, bytes.fromhex(digest)), totals, at_ms, bounds)

@@ -8,7 +8,7 @@ label values, in the definition's order, of the series whose state is `states[i]
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from operator import itemgetter
@@ -28,6 +28,7 @@ Entry = tuple[bytes, bytes]
 """Key and value of an entry."""
 
 K = TypeVar("K")
+R = TypeVar("R")
 _MATCHER = re.compile(r"([a-zA-Z_][a-zA-Z0-9_]*)(=~|!~|!=|=)(.*)", re.DOTALL)
 _decode_rows = msgspec.msgpack.Decoder(list[Labels]).decode
 
@@ -321,7 +322,39 @@ def merge_sorted_blocks(scans: Sequence[Iterator[Entry]], size: int) -> Iterator
             return
 
 
-_SORTED_RUN = 50_000
+_SLICE = 20_000
+"""Rows that one call sorts, makes or frees: the interpreter's lock is held during a call, and others wait for it."""
+
+
+def sorted_in_slices(rows: Sequence[R], key: Callable[[R], Any]) -> list[R]:
+    """Return rows in the order of their keys, as `sorted` does, without a call that takes long.
+
+    Slices are sorted each by itself. Then keys that split them all into parts of about one slice are taken from them at
+    regular places, and the parts are sorted, part after part.
+    """
+    slices = [sorted(rows[i : i + _SLICE], key=key) for i in range(0, len(rows), _SLICE)]
+    count = len(slices)
+    if count < 2:
+        return slices[0] if slices else []
+    samples = sorted([key(it[len(it) * i // count]) for it in slices for i in range(count)])
+    begins = [0] * count
+    found: list[R] = []
+    for end in [*samples[count::count], None]:
+        part: list[R] = []
+        for i, it in enumerate(slices):
+            stop = len(it) if end is None else bisect_left(it, end, begins[i], key=key)
+            part += it[begins[i] : stop]
+            begins[i] = stop
+        found += sorted(part, key=key)
+    return found
+
+
+def freed_in_slices(rows: list[R]) -> Iterator[list[R]]:
+    """Yield all rows, a slice at a time, and forget each slice with the next: what is freed at once takes long."""
+    rows.reverse()
+    while rows:
+        yield rows[: -_SLICE - 1 : -1]
+        del rows[-_SLICE:]
 
 
 class TopN:
@@ -356,7 +389,9 @@ class TopN:
             rows = zip(map(self._rank, groups, groups.values()), groups.values(), strict=True)
         if self._bound is not None:
             rows = [row for row in rows if row[0] < self._bound]
-        self._rows += rows
+        rest = iter(rows)
+        while some := [*islice(rest, _SLICE)]:
+            self._rows += some
         if len(self._rows) > self._most + max(self._most // 4, 4_096):
             self._cut()
 
@@ -369,20 +404,21 @@ class TopN:
         return False, self._sign * value, labels
 
     def _cut(self) -> None:
-        for i in range(0, len(self._rows), _SORTED_RUN) if len(self._rows) > _SORTED_RUN else ():
-            # The interpreter's lock is held while a list is sorted, for a fraction of the time if it is sorted in parts.
-            self._rows[i : i + _SORTED_RUN] = sorted(self._rows[i : i + _SORTED_RUN], key=itemgetter(0))
-        self._rows.sort(key=itemgetter(0))
-        del self._rows[self._most :]
+        self._rows = sorted_in_slices(self._rows, itemgetter(0))
+        while len(self._rows) > self._most:
+            del self._rows[max(self._most, len(self._rows) - _SLICE) :]
         if len(self._rows) == self._most:
             self._bound = self._rows[-1][0]
 
     def selected(self) -> Selected:
         """Return the rows chosen from all groups that were offered, in their order."""
         self._cut()
-        ranks = [rank for rank, _ in self._rows]
-        labels = [rank[-1] for rank in ranks] if self._ranked else ranks
-        return Selected(labels, [self._answer(state) for _, state in self._rows], self._total)
+        labels: list[Labels] = []
+        values: list[Any] = []
+        for rows in freed_in_slices(self._rows):
+            labels += [rank[-1] if self._ranked else rank for rank, _ in rows]
+            values += [self._answer(state) for _, state in rows]
+        return Selected(labels, values, self._total)
 
 
 def order(action: str, view: str, kind: str | None, labels: Sequence[str] | None) -> Control:

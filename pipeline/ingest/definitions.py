@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
+from pipeline.core.grants import Bounds
 from pipeline.core.kinds import KIND_NAMES
 from pipeline.core.record import LABEL_COUNT_MAX, Definition, check_definition
 from pipeline.errors import Invalid
@@ -26,32 +27,35 @@ class KnownViews(NamedTuple):
     """By view, kind and window: the known definitions, or that of the first delta of the request."""
 
 
-class DefinitionFinder:
-    """Finds the definitions of deltas. Safe from any thread."""
+DefinitionOf = Callable[[str, Bounds | None], Definition | None]
+"""Returns the known definition of a view, made of those that are within the bounds of an access token."""
+DefinitionsOf = Callable[[str, str, int | None, Bounds | None], Sequence[Definition]]
+"""Returns the definitions, within bounds, that a read of a view by a kind and a window merges (None: the window that was
+defined first)."""
 
-    def __init__(
-        self,
-        clock: Clock,
-        definition_of: Callable[[str], Definition | None],
-        definitions_of: Callable[[str, str, int | None], Sequence[Definition]],
-    ) -> None:
-        """`definition_of` returns the known definition of a view. `definitions_of` returns those that a read of a view by a
-        kind and a window merges (None: the window that was defined first).
-        """
+
+class DefinitionFinder:
+    """Finds the definitions of deltas. Safe from any thread.
+
+    A delta that was written with an access token that is bound takes nothing over from definitions outside the bounds: their
+    labels and windows would be seen in its own definition.
+    """
+
+    def __init__(self, clock: Clock, definition_of: DefinitionOf, definitions_of: DefinitionsOf) -> None:
         self._clock = clock
         self._definition_of = definition_of
         self._definitions_of = definitions_of
-        self._defined: dict[tuple[str, str], tuple[Definition, int]] = {}
-        """By view and kind: the definition of the last request here, and its time."""
+        self._defined: dict[tuple[str, str, Bounds | None], tuple[Definition, int]] = {}
+        """By view, kind and bounds: the definition of the last request here, and its time."""
 
-    def of(self, delta: RawDelta, known: KnownViews) -> Definition:
+    def of(self, delta: RawDelta, known: KnownViews, bounds: Bounds | None = None) -> Definition:
         """Return the definition of a delta. A window, retention or `monotone` that is left out is as the view is known."""
         view, kind, labels, window_s, retention_s, monotone = _shape(delta)
         if monotone is None:
             monotone = False
             if kind == "sum":
                 if (view, kind) not in known.views:
-                    known.views[view, kind] = self.known(view, kind)
+                    known.views[view, kind] = self.known(view, kind, bounds)
                 was = known.views[view, kind]
                 monotone = was is not None and was.monotone
         elif kind == "sum":
@@ -59,42 +63,42 @@ class DefinitionFinder:
         names = tuple(sorted(labels))
         if window_s is None or retention_s is None:
             if (view, kind, window_s) not in known.windows:
-                known.windows[view, kind, window_s] = self._like(view, kind, window_s)
+                known.windows[view, kind, window_s] = self._like(view, kind, window_s, bounds)
             window_s, retention_s = _filled(names, window_s, retention_s, known.windows[view, kind, window_s])
         definition = Definition(view, kind, names, window_s, monotone, retention_s)
         check_definition(definition, KIND_NAMES)
         for window in (None, window_s):  # deltas that follow in the request, and say less, mean the same
             if not known.windows.get((view, kind, window)):
-                known.windows[view, kind, window] = self._like(view, kind, window) or (definition,)
+                known.windows[view, kind, window] = self._like(view, kind, window, bounds) or (definition,)
         return definition
 
-    def _like(self, view: str, kind: str, window_s: int | None) -> Sequence[Definition]:
+    def _like(self, view: str, kind: str, window_s: int | None, bounds: Bounds | None) -> Sequence[Definition]:
         """Return the known definitions of a view of this kind and window (None: any)."""
-        found = self._definitions_of(view, kind, window_s)
-        remembered = self._remembered(view, kind)
+        found = self._definitions_of(view, kind, window_s, bounds)
+        remembered = self._remembered(view, kind, bounds)
         if found or remembered is None or window_s not in (None, remembered.window_s):
             return found
         return (remembered,)
 
-    def known(self, view: str, kind: str) -> Definition | None:
+    def known(self, view: str, kind: str, bounds: Bounds | None = None) -> Definition | None:
         """Return the definition of a view of this kind that this process knows."""
-        known = self._definition_of(view)
+        known = self._definition_of(view, bounds)
         if known is not None and known.kind != kind:
             known = None
-        remembered = self._remembered(view, kind)
+        remembered = self._remembered(view, kind, bounds)
         if remembered is None:
             return known
         return remembered if known is None else _together(remembered, known)
 
-    def _remembered(self, view: str, kind: str) -> Definition | None:
-        remembered = self._defined.get((view, kind))
+    def _remembered(self, view: str, kind: str, bounds: Bounds | None) -> Definition | None:
+        remembered = self._defined.get((view, kind, bounds))
         if remembered is None or self._clock.now_ms() - remembered[1] >= _REMEMBERED_MS:
             return None
         return remembered[0]
 
-    def remember(self, definitions: Iterable[Definition], now_ms: int) -> None:
+    def remember(self, definitions: Iterable[Definition], now_ms: int, bounds: Bounds | None = None) -> None:
         for definition in definitions:
-            key = definition.view, definition.kind
+            key = definition.view, definition.kind, bounds
             was = self._defined.pop(key, None)
             if was is not None and now_ms - was[1] < _REMEMBERED_MS:
                 definition = _together(definition, was[0])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import reduce
 from typing import Any, NamedTuple
 from zlib import crc32
@@ -11,6 +11,7 @@ from zlib import crc32
 import msgspec
 
 import pipeline.metrics as m
+from pipeline.budget import CHECK_EVERY, check_budget
 from pipeline.core.codec import RefusedGroup, encode_batch
 from pipeline.core.distribution import HISTOGRAM, Distribution
 from pipeline.core.grants import Bounds
@@ -35,7 +36,7 @@ from pipeline.core.sequence import Outbox, Sealed
 from pipeline.core.token import Token
 from pipeline.errors import BadRecord, GroupsForbidden, Invalid, PipelineError, Unavailable
 from pipeline.ingest.admission import NoFacts, Rooms, check_batch, check_owner, groups_outside, refusal
-from pipeline.ingest.definitions import DefinitionFinder, KnownViews
+from pipeline.ingest.definitions import DefinitionFinder, DefinitionOf, DefinitionsOf, KnownViews
 from pipeline.ingest.idempotency import chunks, partition_of_request, producer_of_request
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Facts, LogWriter, Message, RawDelta, Refusal, RequestKey
@@ -70,15 +71,15 @@ class Gateway:
         writer: LogWriter,
         clock: Clock,
         settings: PublisherSettings,
-        definition_of: Callable[[str], Definition | None],
+        definition_of: DefinitionOf,
         metrics: Metrics = NO_METRICS,
         *,
         limits: TaskLimits | None = None,
         facts: Facts | None = None,
         idempotent_partitions: int = 1,
-        definitions_of: Callable[[str, str, int | None], Sequence[Definition]] = lambda view, kind, window_s: (),
+        definitions_of: DefinitionsOf = lambda view, kind, window_s, bounds: (),
     ) -> None:
-        """`limits` are those of the tasks; `facts` knows their state; `definitions_of` is as in `DefinitionFinder`."""
+        """`limits` are those of the tasks; `facts` knows their state; `definitions_of` is as in `definitions`."""
         self._writer = writer
         self._tokens = TokenMaker(writer)
         self._clock = clock
@@ -96,18 +97,20 @@ class Gateway:
 
     # Deltas
 
-    def deltas(self, deltas: Sequence[RawDelta], key: RequestKey | None = None) -> Token:
+    def deltas(self, deltas: Sequence[RawDelta], key: RequestKey | None = None, bounds: Bounds | None = None) -> Token:
         """Accept all deltas or none; see `ports.Ingest`."""
-        return self._take(deltas, deltas, None, key)
+        return self._take(deltas, deltas, None, key, bounds)
 
-    def fitting(self, deltas: Sequence[RawDelta], key: RequestKey | None = None) -> tuple[Token, list[Refusal]]:
+    def fitting(
+        self, deltas: Sequence[RawDelta], key: RequestKey | None = None, bounds: Bounds | None = None
+    ) -> tuple[Token, list[Refusal]]:
         """Accept the deltas that are valid; see `ports.Ingest`.
 
         An empty label counts as missing. All deltas of one view and kind get all labels that one of them has, or that the
         view is known with: so a text of metrics makes one definition of a view, not one for each set of labels in it.
         """
         refused: list[Refusal] = []
-        return self._take(self._fitted(deltas), deltas, refused, key), refused
+        return self._take(self._fitted(deltas, bounds), deltas, refused, key, bounds), refused
 
     def _take(
         self,
@@ -115,6 +118,7 @@ class Gateway:
         said: Sequence[RawDelta],
         refused: list[Refusal] | None,
         key: RequestKey | None,
+        bounds: Bounds | None,
     ) -> Token:
         """Append the deltas; those that are wrong go to `refused`, or without it raise `Invalid` before anything is done.
 
@@ -132,9 +136,11 @@ class Gateway:
         spreads: dict[Definition, int] = {}
         for part, members in enumerate(parts):
             for number in members:
+                if number % CHECK_EVERY == 0:
+                    check_budget()
                 delta, reason = deltas[number], "view"
                 try:
-                    definition = self._definitions.of(delta, known)
+                    definition = self._definitions.of(delta, known, bounds)
                     spread = spread_of(definition, delta.spread, self._settings.spread)
                     reason = "labels"
                     labels = check_label_values(definition, [delta.labels[name] for name in definition.labels])
@@ -155,7 +161,7 @@ class Gateway:
                 spreads[definition] = max(spread, spreads.get(definition, 1))
         sealed, wanted = self._seal(raw, numbers, spreads, refused_now, key, now_ms)
         token = self._send(sealed, wanted, key)
-        self._definitions.remember({it.definition: None for it in raw}, now_ms)
+        self._definitions.remember({it.definition: None for it in raw}, now_ms, bounds)
         self._metrics.inc(m.DELTAS_INGESTED, len(deltas) - len(refused or ()))
         return token
 
@@ -173,14 +179,14 @@ class Gateway:
             return delta.value, ts_ms
         return kind_of(definition).check(delta.value, ts_ms, self._clock.rising_ns()), ts_ms
 
-    def _fitted(self, deltas: Sequence[RawDelta]) -> list[RawDelta]:
-        """Return the deltas, each with all labels of its view and kind: missing ones are empty."""
+    def _fitted(self, deltas: Sequence[RawDelta], bounds: Bounds | None) -> list[RawDelta]:
+        """Return the deltas, each with all labels of its view and kind within bounds: missing ones are empty."""
         unions: dict[tuple[str, str], dict[str, str]] = {}
         for delta in deltas:
             mine = {name: "" for name, value in delta.labels.items() if value}
             unions.setdefault((delta.view, delta.kind), {}).update(mine)
         for (view, kind), union in unions.items():
-            known = self._definitions.known(view, kind)
+            known = self._definitions.known(view, kind, bounds)
             if known is not None and len(union.keys() | {*known.labels}) <= LABEL_COUNT_MAX:
                 union.update(dict.fromkeys(known.labels, ""))
         fitted = []
@@ -299,6 +305,7 @@ class Gateway:
         wanted: dict[int, dict[Definition, None]] = {}
         of_batch: list[list[tuple[int, Definition]]] = []
         for number, value in enumerate(batches):
+            check_budget()
             try:
                 received, refused = check_batch(value, now_ms, self._limits, self._facts)
                 check_owner(received.batch.producer_id, secret)

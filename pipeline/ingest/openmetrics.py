@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from math import inf, isnan
 from typing import NamedTuple
 
+from pipeline.budget import CHECK_EVERY, check_budget
 from pipeline.core.exposition import bound_text
 from pipeline.ingest.totals import stream_digest
 from pipeline.ports import RawDelta, Refusal
@@ -97,6 +98,8 @@ def parse_pushed(
     refused: list[Refusal] = []
     number = 0
     for number, line in _lines(body):
+        if number % CHECK_EVERY == 0:
+            check_budget()
         try:
             if len(line) > line_bytes_max:
                 raise _Wrong("line_long", f"{len(line)} bytes; at most {line_bytes_max}")

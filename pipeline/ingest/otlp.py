@@ -17,6 +17,7 @@ from math import isfinite
 from operator import itemgetter
 from typing import NamedTuple
 
+from pipeline.budget import check_budget
 from pipeline.core.distribution import distribution_of
 from pipeline.core.exposition import bound_text
 from pipeline.core.otlp_wire import (
@@ -101,6 +102,7 @@ class _ExportReader:
         """Take in a metric; return False if there are too many deltas."""
         named = self._named(metric)
         for point in metric.points:
+            check_budget()
             self._number += 1
             if point.flags & NO_VALUE:
                 continue

@@ -24,10 +24,11 @@ from typing import Any
 
 import pipeline.metrics as m
 from pipeline.core.distribution import Distribution
+from pipeline.core.grants import Bounds
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
-from pipeline.ports import Clock, Ingest, RawDelta, Refusal, RequestKey
+from pipeline.ports import Clock, Fitted, Ingest, RawDelta, Refusal, RequestKey
 from pipeline.pushed import RunningTotal, SavedTotals, SentIncreases, StreamTotals, TotalsMemory
 
 _log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class RunningTotals:
             self._memory.save(self._unsaved, self._known_from_ns, sent)
             self._unsaved = {}
 
-    def publish(self, totals: Sequence[RunningTotal], key: RequestKey) -> tuple[Token, list[Refusal]]:
+    def publish(self, totals: Sequence[RunningTotal], key: RequestKey, bounds: Bounds | None = None) -> Fitted:
         """Publish the increases; see `pushed.TotalsPublisher`."""
         if not self._lock.acquire(timeout=_WAIT_S):
             raise Unavailable("other totals are being published")
@@ -87,14 +88,16 @@ class RunningTotals:
             if (unsure := self._sent) is not None:
                 again = self._send(unsure)
                 done = again if unsure.key == key else done
-            sent, refused = self._increases(totals, key)
+            sent, refused = self._increases(totals, key, bounds)
             token, unfit = self._send(sent)
             return token if token.next_offsets else done[0], done[1] + refused + unfit
         finally:
             self._lock.release()
 
-    def _increases(self, totals: Sequence[RunningTotal], key: RequestKey) -> tuple[SentIncreases, list[Refusal]]:
-        sent, refused = SentIncreases([], [], key, {}, self._clock.now_ms()), list[Refusal]()
+    def _increases(
+        self, totals: Sequence[RunningTotal], key: RequestKey, bounds: Bounds | None
+    ) -> tuple[SentIncreases, list[Refusal]]:
+        sent, refused = SentIncreases([], [], key, {}, self._clock.now_ms(), bounds), list[Refusal]()
         for it in totals:
             values: tuple[Any, ...] = tuple([delta.value for delta in it.deltas])
             if not all(map(_is_finite, values)):
@@ -137,7 +140,7 @@ class RunningTotals:
                 self._save(sent)
             self._sent = sent
             try:
-                token, unfit = self._ingest.fitting(sent.deltas, sent.key)
+                token, unfit = self._ingest.fitting(sent.deltas, sent.key, sent.bounds)
                 refused = [it._replace(line=sent.lines[it.line]) for it in unfit]
             except Invalid as error:
                 self._sent = None

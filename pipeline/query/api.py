@@ -39,7 +39,7 @@ from pipeline.query.controls import ControlService, parse_control
 from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.dead_letters_api import letter_routes
 from pipeline.query.deltas import parse_deltas
-from pipeline.query.fairness import PRODUCER_HEADER, FairTurns, writer_of
+from pipeline.query.fairness import PRODUCER_HEADER, FairTurns, is_gone_of, writer_of
 from pipeline.query.gather import GatherService
 from pipeline.query.guard import Guard, Scoped, note_refusal, show_problem
 from pipeline.query.idempotency import HEADER as KEY_HEADER
@@ -118,7 +118,7 @@ def create_app(
         ingest_threads.shutdown(wait=False)
         left_out.close()
 
-    read, room = ReadEndpoint(service, settings), BodyRoom(settings, metrics)
+    read, room = ReadEndpoint(service, settings), BodyRoom(settings, metrics, reader.clock)
     streams = Streams(service, settings, metrics, reader.clock)
     routes = [
         Route(READ_PATH, read, methods=["GET"]),
@@ -302,7 +302,9 @@ def scrape_route(service: ReadService | GatherService, settings: QuerySettings, 
     async def scrape(request: Request) -> Response:
         views, windowed = parse_scrape(request.scope["query_string"], settings)
         accept = request.headers.get("accept", "")
-        body, media_type = await service.scrape(views, render, accept, windowed=windowed, bounds=bounds_of(request))
+        body, media_type = await service.scrape(
+            views, render, accept, windowed=windowed, bounds=bounds_of(request), receive=request.receive
+        )
         return Response(body, headers={"Content-Type": media_type})
 
     return Route("/v1/openmetrics", scrape)
@@ -314,7 +316,7 @@ def _remote_read_route(service: ReadService, room: BodyRoom) -> Route:
     async def remote_read(request: Request) -> Response:
         try:
             async with bodies.of(request, REQUEST_TYPE) as body:
-                answer = await service.remote_read(body, bounds_of(request))
+                answer = await service.remote_read(body, bounds_of(request), request.receive)
         except (PipelineError, Refused) as error:  # Prometheus shows the text of an error as it is
             note_refusal(request.scope, error)
             it = problem(error)
@@ -364,7 +366,7 @@ async def _take(
     """Read the body of a request, do `work` with it in a thread, and return what that answers; with `turns` in its turn."""
     writer = writer_of(request.scope, request.headers)
     if turns is not None:
-        await turns.wait(writer)
+        await turns.wait(writer, is_gone_of(request.scope))
     async with bodies.of(request, *types) as body:
         done = await room.work(request, body, threads, partial(work, body, request.headers))
         if turns is not None and done.token:
@@ -377,7 +379,7 @@ def _write_routes(ingest: Ingest, settings: QuerySettings, keys: UsedKeys, take:
         with keys.using("/v1/deltas", parse_key(headers.getlist(KEY_HEADER)), body, bounds) as key:
             deltas = parse_deltas(body, headers.get("content-type", ""), settings.deltas_max)
             check_deltas(deltas, bounds)
-            return Accepted(len(deltas), str(ingest.deltas(deltas, key)))
+            return Accepted(len(deltas), str(ingest.deltas(deltas, key, bounds)))
 
     def take_batches(bounds: Bounds | None, body: bytes, headers: Headers) -> BatchesAccepted:
         batches = decode_frames(body, settings.batches_max + 1)

@@ -13,8 +13,10 @@ from zlib import error as ZlibError
 from starlette.requests import ClientDisconnect, Request
 
 import pipeline.metrics as m
+from pipeline.budget import Budget, Spent
 from pipeline.errors import Unavailable
 from pipeline.metrics import Metrics
+from pipeline.ports import Clock
 from pipeline.query.problems import Refused
 from pipeline.settings import QuerySettings
 
@@ -43,7 +45,7 @@ class BodyRoom:
     nobody out.
     """
 
-    def __init__(self, settings: QuerySettings, metrics: Metrics) -> None:
+    def __init__(self, settings: QuerySettings, metrics: Metrics, clock: Clock) -> None:
         self._metrics = metrics
         self._large_from = settings.large_body_bytes
         large_max = settings.bodies_bytes_max * 3 // 4
@@ -55,6 +57,9 @@ class BodyRoom:
         self._turns = asyncio.Semaphore(settings.large_bodies_max)
         metrics.inc(m.BODIES_REFUSED, 0, "bodies_bytes_max")
         metrics.inc(m.BODIES_REFUSED, 0, "large_bodies_max")
+        metrics.inc(m.BODIES_REFUSED, 0, "cpu_ms_max")
+        self._clock = clock
+        self._cpu_ms_max = settings.cpu_ms_max
 
     def begin(self, held: _Held) -> None:
         """Note that a body is coming."""
@@ -92,11 +97,12 @@ class BodyRoom:
     ) -> T:
         """Return what `work` on a body returns, done in a thread. Large bodies wait for their turn; with `large` it is one.
 
-        `Unavailable` if it does not come soon; nothing is done for a client that has gone meanwhile.
+        `Unavailable` if it does not come soon; nothing is done for a client that has gone meanwhile. `Refused` for work
+        that uses up its CPU time.
         """
-        loop = asyncio.get_running_loop()
+        loop, budget = asyncio.get_running_loop(), Budget(self._clock, self._cpu_ms_max, self._cpu_used_up, Spent())
         if not (large or self._is_large(len(body))):
-            return await loop.run_in_executor(threads, work)
+            return await loop.run_in_executor(threads, budget.work, work)
         try:
             async with asyncio.timeout(_TURN_S):
                 await self._turns.acquire()
@@ -106,9 +112,15 @@ class BodyRoom:
         try:
             if await request.is_disconnected():
                 raise ClientDisconnect
-            return await loop.run_in_executor(threads, work)
+            return await loop.run_in_executor(threads, budget.work, work)
         finally:
             self._turns.release()
+
+    def _cpu_used_up(self) -> Refused:
+        self._metrics.inc(m.BODIES_REFUSED, 1, "cpu_ms_max")
+        return Refused(
+            413, f"the request has used {self._cpu_ms_max} ms of CPU (setting cpu_ms_max): send it in smaller parts"
+        )
 
 
 class RequestBodies:

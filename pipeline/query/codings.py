@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import cramjam
 
+from pipeline.budget import check_budget
+
 GZIP, ZSTD = "gzip", "zstd"
 _CODINGS = (ZSTD, GZIP)
 """The first of equals is preferred."""
@@ -62,6 +64,7 @@ def encode_start(coding: str, start: bytes) -> Coded:
     """Compress the start of a body, which must not be empty."""
     compressor = cramjam.gzip.Compressor(level=1) if coding == GZIP else cramjam.zstd.Compressor(level=1)
     for i in range(0, len(start), _CHUNK):
+        check_budget()
         compressor.compress(start[i : i + _CHUNK])
     return Coded(coding, bytes(compressor.flush()), zlib.crc32(start) if coding == GZIP else 0, len(start))
 

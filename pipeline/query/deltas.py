@@ -13,6 +13,7 @@ from typing import NoReturn
 
 import msgspec
 
+from pipeline.budget import CHECK_EVERY, check_budget
 from pipeline.core.record import LABEL_COUNT_MAX
 from pipeline.errors import Invalid
 from pipeline.json_errors import Field, is_scalar, json_error, object_error
@@ -110,6 +111,8 @@ def _lines(body: bytes, deltas_max: int) -> list[RawDelta]:
     for match in _LINE.finditer(body):
         if len(deltas) >= deltas_max:
             _refuse_more(deltas_max)
+        if len(deltas) % CHECK_EVERY == 0:
+            check_budget()
         number += body.count(b"\n", counted, match.start())
         counted = match.start()
         line = match[0]
@@ -155,6 +158,7 @@ def _long_array(body: bytes, deltas_max: int) -> list[RawDelta]:
             _refuse_more(deltas_max)
         count, at, ended = count + 1, item.end(), item[2] == b"]"
         if ended or count - len(deltas) >= _RUN_COUNT or at - begin >= _RUN_BYTES:
+            check_budget()
             deltas += _array(b"[" + body[begin : at - 1] + b"]", len(deltas))
             begin = at
     if body[at:].strip(b" \t\r\n"):

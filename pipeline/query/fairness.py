@@ -13,16 +13,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pipeline.metrics as m
+from pipeline.budget import ClientGone
 from pipeline.core.answer import PartitionState
 from pipeline.core.grants import Grant
 from pipeline.core.record import producer_id_of
 from pipeline.errors import NotReady, PipelineError, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock
+from pipeline.query.clients import client_of
 from pipeline.settings import QuerySettings
 
 PRODUCER_HEADER = "Pipeline-Producer"
 """Header with the secret of a publisher."""
+IS_GONE = "pipeline.is_gone"
+"""Name of the extension of ASGI by which the server tells whether a client has gone."""
 _LOOK_S = 0.02
 """Interval at which positions are looked at while a writer waits."""
 _MOVING_S = 5.0
@@ -34,6 +38,8 @@ _WAITING_MAX = 8
 _WRITERS_MAX = 4_096
 """Most writers that are told apart; others count as one."""
 _OTHERS = "others"
+IsGone = Callable[[], bool]
+"""Returns whether a client has closed its connection."""
 _PARTS = 64
 """Writes of one writer are kept in about so many parts: while nothing is folded there can be any number of them."""
 
@@ -76,8 +82,11 @@ class FairTurns:
         metrics.inc(m.WRITES_DELAYED, 0)
         metrics.inc(m.BODIES_REFUSED, 0, "fair_wait_ms")
 
-    async def wait(self, name: str) -> None:
-        """Wait until it is the turn of a writer, at most `fair_wait_ms`; `Unavailable` if many requests of it wait."""
+    async def wait(self, name: str, is_gone: IsGone) -> None:
+        """Wait until it is the turn of a writer, at most `fair_wait_ms`; `Unavailable` if many requests of it wait.
+
+        The body of the request is not read yet, so `is_gone` has to tell when the client goes, which raises `ClientGone`.
+        """
         writer = self._writers.get(name) or self._writers.get(_OTHERS)
         if writer is None:  # one that has written nothing is ahead of nobody
             return
@@ -93,6 +102,8 @@ class FairTurns:
             for _ in range(int(self._wait_s / _LOOK_S)):
                 if not self._is_ahead(writer):
                     return
+                if is_gone():
+                    raise ClientGone
                 await asyncio.sleep(_LOOK_S)
         finally:
             writer.waiting -= 1
@@ -142,11 +153,14 @@ class FairTurns:
                 del self._writers[name]
 
 
+def is_gone_of(scope: Mapping[str, Any]) -> IsGone:
+    """Return what tells whether the client of a request has gone; a server that does not know says that it is there."""
+    found: IsGone = scope.get("extensions", {}).get(IS_GONE, lambda: False)
+    return found
+
+
 def writer_of(scope: Mapping[str, Any], headers: Mapping[str, str]) -> str:
     """Return who writes: an access token, without one the producer of batches, and else a client's address."""
     grant: Grant = scope["grant"]
-    if grant.name:
-        return f"token {grant.name}"
-    secret = headers.get(PRODUCER_HEADER, "")
-    host, _ = scope.get("client") or ("", 0)
-    return f"producer {producer_id_of(secret)}" if secret else f"address {host}"
+    secret = "" if grant.name else headers.get(PRODUCER_HEADER, "")
+    return f"producer {producer_id_of(secret)}" if secret else client_of(scope)

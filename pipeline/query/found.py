@@ -7,8 +7,9 @@ from typing import Any, NamedTuple, overload
 
 from msgspec.structs import replace
 
+from pipeline.budget import checked
 from pipeline.core.answer import Answer, Answers, AsOf, Series
-from pipeline.core.query import Labels, MergedDefinition, Query, Selected
+from pipeline.core.query import Labels, MergedDefinition, Query, Selected, freed_in_slices
 from pipeline.core.record import Position
 from pipeline.core.span import Span
 from pipeline.query.ranges import Points
@@ -52,8 +53,14 @@ class SeriesRows(Sequence[Series]):
         rows = zip(self._labels[index], self._values[index], strict=True)
         return [Series(dict(zip(names, labels)), value) for labels, value in rows]  # noqa: B905  # as many, and quicker
 
+    def release(self) -> None:
+        """Forget all rows: an answer that is encoded does not need them."""
+        for rows in (self._labels, self._values):
+            for _ in freed_in_slices(rows):
+                pass
+
     def __iter__(self) -> Iterator[Series]:
-        for i in range(0, len(self), SERIES_RUN):
+        for i in checked(range(0, len(self), SERIES_RUN)):
             yield from self[i : i + SERIES_RUN]
 
 
@@ -62,6 +69,13 @@ class FoundAnswer(NamedTuple):
 
     answer: Answer
     positions: Mapping[int, Position]
+
+
+def release(answer: Answer) -> None:
+    """Forget the rows of a large answer that is encoded, bit by bit: the interpreter's lock is held while they are freed."""
+    rows: Any = answer.series
+    if isinstance(rows, SeriesRows):
+        rows.release()
 
 
 def span_of(answer: Answer) -> Span | None:

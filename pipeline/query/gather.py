@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import msgspec
 from msgspec.structs import replace
 
+from pipeline.budget import check_budget
 from pipeline.core.answer import Answer, MemberStatus, PartitionStatus, Status, View, Views
 from pipeline.core.codec import DefinitionEntry
 from pipeline.core.exposition import (
@@ -313,6 +314,7 @@ class GatherService:
         width = len(plan.merged.definition.labels if query.by is None else query.by)
 
         def check() -> None:
+            check_budget()
             if self._pool.closed:
                 raise Unavailable("the server is stopping")
             if self.clock.monotonic_s() > deadline_s:
@@ -363,11 +365,13 @@ class GatherService:
         *,
         windowed: bool = True,
         bounds: Bounds | None = None,
+        receive: Receive | None = None,
     ) -> tuple[bytes, str]:
         """Return all views within bounds, or these, as `render` writes them. Raises as `ViewReader.scrape`."""
         with self._pool.slot():
-            exposition = await self._scrape(views, bounds, self._pool.deadline_s(), windowed=windowed)
-            return await self._pool.run(lambda: render(exposition, accept))
+            async with while_connected(receive):
+                exposition = await self._scrape(views, bounds, self._pool.deadline_s(), windowed=windowed)
+                return await self._pool.run(lambda: render(exposition, accept))
 
     async def _scrape(self, views: Sequence[str], bounds: Bounds | None, deadline_s: float, *, windowed: bool) -> Exposition:
         asked = StatesAsked(PARTS_VERSION, [], views=None)

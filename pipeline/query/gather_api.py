@@ -53,7 +53,7 @@ def create_gather_app(
         Route(READ_PATH, ReadEndpoint(service, settings), methods=["GET"]),
         Route(STREAM_PATH, StreamView(streams, service, settings, metrics), methods=["GET"]),
         Route("/v1/views", ListEndpoint(service), methods=["GET"]),
-        Route("/v1/query", QueryEndpoint(service, settings, BodyRoom(settings, metrics)), methods=["POST"]),
+        Route("/v1/query", QueryEndpoint(service, settings, BodyRoom(settings, metrics, service.clock)), methods=["POST"]),
         *page_routes(),
         *operation_routes(metrics, service.status, lambda: service.ready),
         scrape_route(service, settings, render_views),

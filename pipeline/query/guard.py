@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import pipeline.metrics as m
+from pipeline.budget import ClientGone
 from pipeline.core.grants import EVERYTHING, NOTHING
 from pipeline.errors import NotReady, PipelineError, Unavailable
 from pipeline.metrics import Metrics
@@ -20,7 +21,6 @@ from pipeline.query.access import READ_NEEDED, Access, check_grant, is_open, kee
 from pipeline.query.cross_origin import ALWAYS, CrossOriginProtection
 from pipeline.query.openapi import READ_PATH
 from pipeline.query.problems import Refused, problem
-from pipeline.query.read_pool import ClientGone
 from pipeline.query.streams_api import EVENT_STREAM
 from pipeline.settings import QuerySettings
 
@@ -119,7 +119,7 @@ class Guard:
         started_s = self._clock.monotonic_s()
         status = _CLIENT_GONE
         counted = True
-        waiting = False
+        waiting = body_is_there = False
         more = ALWAYS
 
         def done() -> None:
@@ -142,13 +142,15 @@ class Guard:
             await send(message)
 
         async def receiving() -> Message:
-            nonlocal waiting
-            if not counted:
+            nonlocal waiting, body_is_there
+            if body_is_there or not counted:
                 return await receive()
             waiting = True  # `body_timeout_ms` and `sockets_max` bound requests whose bodies are not there
             self._open -= 1
             try:
-                return await receive()
+                message = await receive()
+                body_is_there = not message.get("more_body")
+                return message
             finally:
                 waiting = False
                 self._open += counted

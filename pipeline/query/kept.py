@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict
 from collections.abc import Mapping
 from hashlib import blake2b
@@ -15,8 +14,9 @@ from pipeline.core.record import Position
 from pipeline.core.span import Span
 from pipeline.metrics import Metrics
 from pipeline.query.codings import Coded
-from pipeline.query.found import Asked, FoundAnswer, span_of
+from pipeline.query.found import Asked, FoundAnswer, release, span_of
 from pipeline.query.media import split
+from pipeline.query.read_pool import SharedWork
 
 _encode = msgspec.msgpack.Encoder().encode
 _OVERHEAD_BYTES = 2_000
@@ -52,15 +52,17 @@ class KeptAnswer:
     """An answer that is encoded, but for what the clock says of it."""
 
     def __init__(self, found: FoundAnswer, key: AnswerKey, tags: EntityTags) -> None:
+        """Encode an answer, which has no series afterwards."""
         self.key = key
         self.head, self.start = split(found.answer, key[1])
+        release(found.answer)
         self.positions: Mapping[int, Position] = found.positions
         self.span = span_of(found.answer)
         self.etag = tags.of(key, self.span, found.positions)
         self._beside_bytes = _OVERHEAD_BYTES + texts_bytes(key[0])
         self.coded: dict[str, Coded] = {}
         """Compressed bodies, by content coding."""
-        self.coding: dict[str, asyncio.Task[Coded]] = {}
+        self.coding: dict[str, SharedWork[Coded]] = {}
         """Compressions that are under way."""
 
     @property

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 from msgspec.structs import replace
 
+from pipeline.budget import checked
 from pipeline.core.answer import Answer, Answers
 from pipeline.core.tables import columns, to_arrow_stream, value_text
 from pipeline.query.codings import qualities_of
@@ -115,8 +116,11 @@ def _json_start(answer: Answer, head: Answer) -> bytes:
     series = answer.series
     if not _is_long(answer):
         return start + _encode(series)[1:]
-    parts = [_encode(series[i : i + SERIES_RUN])[1:-1] for i in range(0, len(series), SERIES_RUN)]
-    return b"".join([start, b",".join(parts), b"]"])
+    parts = [start]
+    for i in checked(range(0, len(series), SERIES_RUN)):
+        parts += [_encode(series[i : i + SERIES_RUN])[1:-1], b","]
+    parts[-1] = b"]"
+    return b"".join(parts)
 
 
 def encoded(

@@ -23,7 +23,7 @@ from pipeline.metrics import Metrics
 from pipeline.ports import Ingest, Refusal, RequestKey
 from pipeline.pushed import Pushed, TotalsPublisher
 from pipeline.query.bodies import OTLP_TYPES, BodyRoom, RequestBodies, unzipped
-from pipeline.query.fairness import FairTurns, writer_of
+from pipeline.query.fairness import FairTurns, is_gone_of, writer_of
 from pipeline.query.guard import note_refusal
 from pipeline.query.idempotency import path_within
 from pipeline.query.problems import Refused, problem
@@ -100,7 +100,7 @@ class Exports:
             take = partial(self._take, media_type, request.scope["grant"].bounds)
             writer = writer_of(request.scope, request.headers)
             try:
-                await turns.wait(writer)
+                await turns.wait(writer, is_gone_of(request.scope))
                 async with bodies.of(request, *OTLP_TYPES) as body:
                     taken = await self._work(room, request, body, threads, take)
             except (PipelineError, Refused) as error:
@@ -138,14 +138,14 @@ class Exports:
         if pushed.totals and self._taking.totals is None:
             refused += [Refusal(it.line, "cumulative", _TOTALS) for it in pushed.totals]
         elif pushed.totals and self._taking.totals is not None:
-            token, unfit = self._taking.totals.publish(pushed.totals, RequestKey(path, "totals", digest))
+            token, unfit = self._taking.totals.publish(pushed.totals, RequestKey(path, "totals", digest), bounds)
             next_offsets.update(token.next_offsets)
             refused += unfit
         added = [i for i, it in enumerate(pushed.deltas) if it.kind != "last"]
         newest = [i for i, it in enumerate(pushed.deltas) if it.kind == "last"]  # a repeat of them changes nothing
         for numbers, key in ((added, RequestKey(path, "deltas", digest)), (newest, None)):
             if numbers:
-                token, unfit = self._ingest.fitting([pushed.deltas[i] for i in numbers], key)
+                token, unfit = self._ingest.fitting([pushed.deltas[i] for i in numbers], key, bounds)
                 next_offsets.update(token.next_offsets)
                 refused += [it._replace(line=pushed.lines[numbers[it.line]]) for it in unfit]
         return _Taken(self._answer(media_type, pushed, refused), next_offsets, len(body))

@@ -15,13 +15,14 @@ import msgspec
 from msgspec.structs import replace
 
 import pipeline.metrics as m
+from pipeline.budget import checked
 from pipeline.core.answer import Answer, Series
 from pipeline.core.query import Query
 from pipeline.core.record import Position
 from pipeline.errors import CursorGone, Invalid
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock
-from pipeline.query.found import FoundAnswer
+from pipeline.query.found import FoundAnswer, release
 from pipeline.query.kept import texts_bytes
 from pipeline.query.media import JSON, encode_body
 from pipeline.settings import QuerySettings
@@ -44,7 +45,8 @@ class AnswerPages:
         total = found.answer.series_total if cut else len(series)
         self._cut = cut
         self.head = replace(found.answer, series=[], series_total=total)
-        self._pages = [_encode(series[i : i + size]) for i in range(0, len(series), size)] or [b"[]"]
+        self._pages = [_encode(series[i : i + size]) for i in checked(range(0, len(series), size))] or [b"[]"]
+        release(found.answer)
         self.size_bytes = _OVERHEAD_BYTES + texts_bytes(query) + sum(map(len, self._pages))
         self.used_s = 0.0
 

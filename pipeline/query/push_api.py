@@ -102,10 +102,12 @@ class Pushes:
                 raise Refused(413, f"too many samples or types in one request; at most {most}")
             pushed = pushed_within(pushed, bounds, whole=key is not None)
             request = RequestKey(path_within(path, bounds), "", sha256(body).digest())
-            token, unfit = self._publish(pushed, request, key)
+            token, unfit = self._publish(pushed, request, key, bounds)
             return self._answer(pushed, token, unfit)
 
-    def _publish(self, pushed: Pushed, request: RequestKey, key: RequestKey | None) -> tuple[Token, list[Refusal]]:
+    def _publish(
+        self, pushed: Pushed, request: RequestKey, key: RequestKey | None, bounds: Bounds | None
+    ) -> tuple[Token, list[Refusal]]:
         """Publish totals and deltas; return the token, and what was left out, by line.
 
         Totals have a key of their own, `request`, which no header can have.
@@ -114,9 +116,9 @@ class Pushes:
         if pushed.totals and self._totals is None:
             refused = [Refusal(it.line, "cumulative", _TOTALS) for it in pushed.totals]
         elif pushed.totals and self._totals is not None:
-            token, refused = self._totals.publish(pushed.totals, request)
+            token, refused = self._totals.publish(pushed.totals, request, bounds)
         if pushed.deltas:
-            newer, unfit = self._ingest.fitting(pushed.deltas, key)
+            newer, unfit = self._ingest.fitting(pushed.deltas, key, bounds)
             token, refused = token | newer, refused + [it._replace(line=pushed.lines[it.line]) for it in unfit]
         return token, refused
 

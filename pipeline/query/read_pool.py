@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, MutableMapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
-from typing import Any, ParamSpec, TypeVar
+from contextlib import asynccontextmanager, contextmanager, nullcontext
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import pipeline.metrics as m
-from pipeline.errors import Unavailable
+from pipeline.budget import Budget, ClientGone, Spent
+from pipeline.errors import Invalid, Unavailable
 from pipeline.metrics import Metrics
 from pipeline.ports import Clock
 from pipeline.query.codings import Coded, encode_end, encode_start
@@ -24,8 +25,35 @@ R = TypeVar("R")
 P = ParamSpec("P")
 
 
-class ClientGone(Exception):
-    """The client has closed its connection: nothing is answered."""
+class Asker:
+    """The client of one read, and what was spent for it."""
+
+    def __init__(self, receive: Receive | None) -> None:
+        """`receive` tells when the client goes away; None: nothing tells that."""
+        self.receive = receive
+        self.spent = Spent()
+
+
+class SharedWork(Generic[T]):
+    """A task that several reads wait for. The last one that stops to wait cancels it, and so ends its work."""
+
+    task: asyncio.Task[T]
+
+    def __init__(self) -> None:
+        self._awaited = 0
+        self.is_dropped = False
+
+    async def result(self, timeout_s: float | None = None) -> T:
+        """Wait for the result of the task. `TimeoutError` after `timeout_s`."""
+        self._awaited += 1
+        try:
+            async with asyncio.timeout(None if timeout_s is None else max(0.0, timeout_s)):
+                return await asyncio.shield(self.task)
+        finally:
+            self._awaited -= 1
+            if not self._awaited:
+                self.is_dropped = True
+                self.task.cancel()
 
 
 class ReadPool:
@@ -37,7 +65,7 @@ class ReadPool:
         self._settings = settings
         self._metrics = metrics
         self._clock = clock
-        for limit in ("reads_waiting_max", "waits_max"):
+        for limit in ("reads_waiting_max", "waits_max", "cpu_ms_max"):
             metrics.inc(m.READS_REFUSED, 0, limit)
         self._threads = ThreadPoolExecutor(settings.read_thread_count, thread_name_prefix="pipeline-read")
         self._open = 0
@@ -100,36 +128,52 @@ class ReadPool:
                     raise
                 raise Unavailable(f"{self._settings.waits_max} later reads wait for newer data (waits_max)") from None
 
-    def start(self, work: Callable[[], T], *, large: bool = False) -> asyncio.Task[T]:
+    def start(self, work: Callable[[], T], *, large: bool = False, spent: Spent) -> asyncio.Task[T]:
         """Do work in a thread, as one of the reads that may run. Raises as `slot`, at once."""
+        asker = Asker(None)
+        asker.spent = spent
         self._admit()
 
         async def run() -> T:
             try:
-                return await self.run(work, large=large)
+                return await self.run(work, large=large, asker=asker)
             finally:
                 self._open -= 1
 
         return asyncio.create_task(run())
 
-    async def run(self, work: Callable[[], T], *, large: bool = False) -> T:
-        """Return what `work` returns, done in a thread. Work on large answers waits for its turn before it takes one."""
-        if large:
-            async with self._large:
-                return await self.run(work)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+    async def run(self, work: Callable[[], T], *, large: bool = False, asker: Asker | None = None) -> T:
+        """Return what `work` returns, done in a thread. Work on large answers waits for its turn before it takes one.
 
-    async def compress(self, coding: str, body: bytes) -> Coded:
+        The work ends soon, at a check of its budget, if this is cancelled or the client goes away.
+        """
+        asker = asker or Asker(None)
+        budget = Budget(self._clock, self._settings.cpu_ms_max, self._cpu_used_up, asker.spent)
+        try:
+            async with while_connected(asker.receive), self._large if large else nullcontext():
+                return await asyncio.get_running_loop().run_in_executor(self._threads, budget.work, work)
+        except BaseException:
+            budget.abandon()
+            raise
+
+    def _cpu_used_up(self) -> Invalid:
+        self._metrics.inc(m.READS_REFUSED, 1, "cpu_ms_max")
+        return Invalid(
+            f"the read has used {self._settings.cpu_ms_max} ms of CPU (setting cpu_ms_max): ask for fewer series or a "
+            "shorter range, or narrow `where`"
+        )
+
+    async def compress(self, coding: str, body: bytes, asker: Asker | None = None) -> Coded:
         """Return a compressed body, without its end; a large one is compressed in a thread."""
         if len(body) <= _COMPRESS_HERE_MAX:
             return encode_start(coding, body)
-        return await self.run(lambda: encode_start(coding, body))
+        return await self.run(lambda: encode_start(coding, body), asker=asker)
 
-    async def coded(self, body: bytes, coding: str) -> tuple[Sequence[bytes], str]:
+    async def coded(self, body: bytes, coding: str, asker: Asker | None = None) -> tuple[Sequence[bytes], str]:
         """Return a body in a coding, or as it is if that is not worth it, and the coding."""
         if not coding or len(body) < self._settings.compress_bytes_min:
             return (body,), ""
-        coded = await self.compress(coding, body)
+        coded = await self.compress(coding, body, asker)
         return (coded.start, encode_end(coded, b"")), coding
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from msgspec.structs import replace
 
+from pipeline.budget import check_budget
 from pipeline.core import codec
 from pipeline.core.answer import Answer, AsOf, PartitionState, View, Views
 from pipeline.core.exposition import UNREADABLE, Exposition
@@ -118,14 +119,14 @@ class ViewReader:
 
     # Answers
 
-    def definition(self, view: str) -> Definition:
-        """Return the merged definition of a view, from memory after the first call; `NotFound` if there is no such view."""
-        query = Query(view)
+    def definition(self, view: str, bounds: Bounds | None = None) -> Definition:
+        """Return the merged definition of a view within bounds, from memory after the first call; `NotFound` without one."""
+        query = Query(view, bounds=bounds)
         return (self._plans.get(shape(query)) or self._load_plan(query)).merged.definition
 
-    def definitions_of(self, view: str, kind: str, window_s: int | None) -> tuple[Definition, ...]:
+    def definitions_of(self, view: str, kind: str, window_s: int | None, bounds: Bounds | None) -> tuple[Definition, ...]:
         """Return the definitions that a read of this kind and window merges, as `definition` does."""
-        query = Query(view, kind=kind, window_s=window_s)
+        query = Query(view, kind=kind, window_s=window_s, bounds=bounds)
         return (self._plans.get(shape(query)) or self._load_plan(query)).merged.parts
 
     def _load_plan(self, query: Query) -> ReadPlan:
@@ -367,6 +368,7 @@ class ViewReader:
         stores: Mapping[int, ReadableStore],
         advice: str = "narrow `where`, or give it more time",
     ) -> None:
+        check_budget()
         if self._closed:
             raise Unavailable("the server is stopping")
         self._check_unchanged(stores)  # a scan must not hold files that a rebuild deletes

@@ -15,6 +15,7 @@ import msgspec
 from msgspec.structs import replace
 
 import pipeline.metrics as m
+from pipeline.budget import Spent
 from pipeline.core.answer import Answer, AsOf, PartitionState
 from pipeline.core.exposition import Exposition
 from pipeline.core.gathered import decode_asked, encode_part
@@ -24,12 +25,12 @@ from pipeline.core.token import Token
 from pipeline.errors import Invalid, NotFound, NotReady, OtherTopic, PipelineError
 from pipeline.metrics import Metrics
 from pipeline.query.codings import encode_end, preferred_coding
-from pipeline.query.found import FoundAnswer, answers_together, span_of, unchanged_head
+from pipeline.query.found import FoundAnswer, answers_together, release, span_of, unchanged_head
 from pipeline.query.kept import KeptAnswer
 from pipeline.query.media import ARROW, Encoded, encode_answers, encode_body, encoded, end_of, plain_json
 from pipeline.query.pages import AnswerPages, PageLists, Place
 from pipeline.query.params import ReadHeaders, ReadRequest, SeveralRequest, Waiting
-from pipeline.query.read_pool import ReadPool, Receive
+from pipeline.query.read_pool import Asker, ReadPool, Receive
 from pipeline.query.reader import ViewReader
 from pipeline.query.remote_reads import RemoteReads
 from pipeline.query.shared import SharedAnswers
@@ -109,8 +110,8 @@ class ReadService:
         self._lists = PageLists(reader.clock, settings, metrics)
         self._answers = SharedAnswers(reader, settings.answer_cache_bytes, metrics, self._start)
 
-    def _start(self, compute: Callable[[], KeptAnswer], query: Query) -> asyncio.Task[KeptAnswer]:
-        return self._pool.start(compute, large=self._is_large(query))
+    def _start(self, compute: Callable[[], KeptAnswer], query: Query, spent: Spent) -> asyncio.Task[KeptAnswer]:
+        return self._pool.start(compute, large=self._is_large(query), spent=spent)
 
     def _is_large(self, *queries: Query) -> bool:
         """Return whether the answers together can have so many series that few such are made at once."""
@@ -124,28 +125,28 @@ class ReadService:
     async def answer(self, request: ReadRequest, receive: Receive | None = None) -> Encoded:
         """Return the encoded answer. `NotReady` if data it waits for does not come, `Unavailable` without time or room.
 
-        `receive` tells when the client goes away, which ends a wait, and a scan that has not begun.
+        `receive` tells when the client goes away, which ends a wait, and a scan at its next check.
         """
         try:
-            return await self._answer(request, receive)
+            return await self._answer(request, Asker(receive))
         except NotFound as error:
             if request.after is not None:
                 raise
             raise NotFound(f"{error}; {NOT_FOLDED}") from None
 
-    async def _answer(self, request: ReadRequest, receive: Receive | None) -> Encoded:
+    async def _answer(self, request: ReadRequest, asker: Asker) -> Encoded:
         if request.cursor:
-            return await self._page(self._lists.find(request.cursor, request.query), request)
+            return await self._page(self._lists.find(request.cursor, request.query), request, asker)
         clock = self._reader.clock
         if request.cursor is None and not request.waits:
             found = self._reader.find_point(request.query, clock.now_ms())
             if found is not None:
-                return await self._encode_point(found, request)
+                return await self._encode_point(found, request, asker)
         deadline_s = clock.monotonic_s() + request.timeout_ms / 1000
         while True:
             if request.waits:
-                await self._wait(request, deadline_s, receive)
-            answer = await (self._shared if request.cursor is None else self._first_page)(request, deadline_s, receive)
+                await self._wait(request, deadline_s, asker.receive)
+            answer = await (self._shared if request.cursor is None else self._first_page)(request, deadline_s, asker)
             if answer is not None:
                 return answer
             # The data was fresh enough when the read began, but not when it ended: read again if there is time.
@@ -153,7 +154,7 @@ class ReadService:
                 raise NotReady(too_old(request))
             await asyncio.sleep(POLL_S)
 
-    async def _first_page(self, request: ReadRequest, deadline_s: float, _: Receive | None) -> Encoded | None:
+    async def _first_page(self, request: ReadRequest, deadline_s: float, asker: Asker) -> Encoded | None:
         """Return the first page of an answer whose other pages are kept; None if it is not fresh enough."""
         whole = replace(request.query, limit=self._settings.limit_max)
 
@@ -163,40 +164,41 @@ class ReadService:
             self._lists.check(pages)
             return pages
 
-        pages = await self._pool.bounded(self._pool.run, read, large=self._is_large(whole))
+        pages = await self._pool.bounded(self._pool.run, read, large=self._is_large(whole), asker=asker)
         if not self._fresh(request, self._reader.renewed(pages.head, pages.positions).as_of):
             return None
-        return await self._page(self._lists.keep(pages), request)
+        return await self._page(self._lists.keep(pages), request, asker)
 
-    async def _page(self, place: Place, request: ReadRequest) -> Encoded:
+    async def _page(self, place: Place, request: ReadRequest, asker: Asker) -> Encoded:
         head = self._reader.renewed(place.pages.head, place.pages.positions)
         following = self._lists.cursor_after(place)
         page = partial(place.pages.page, place.number, head, following, request.media_type)
-        answer, body = await self._pool.bounded(self._pool.run, page)
-        parts, coding = await self._pool.coded(body, request.coding)
+        answer, body = await self._pool.bounded(self._pool.run, page, asker=asker)
+        parts, coding = await self._pool.coded(body, request.coding, asker)
         return encoded(answer, request.media_type, b"", parts, coding)
 
-    async def _encode_point(self, found: FoundAnswer, request: ReadRequest) -> Encoded:
+    async def _encode_point(self, found: FoundAnswer, request: ReadRequest, asker: Asker) -> Encoded:
         """Return an answer that is not kept."""
         answer = found.answer
         etag = self._answers.tags.of(request.key, span_of(answer), found.positions)
         if request.knows(etag):
             return encoded(answer, request.media_type, etag, (), unchanged=True)
         if request.media_type == ARROW:  # the first one loads pyarrow
-            body = await self._pool.run(lambda: encode_body(answer, ARROW))
+            body = await self._pool.run(lambda: encode_body(answer, ARROW), asker=asker)
         else:
             body = encode_body(answer, request.media_type)
         if not request.coding:
             return encoded(answer, request.media_type, etag, (body,))
-        parts, coding = await self._pool.coded(body, request.coding)
+        parts, coding = await self._pool.coded(body, request.coding, asker)
         return encoded(answer, request.media_type, etag, parts, coding)
 
-    async def _shared(self, request: ReadRequest, deadline_s: float, receive: Receive | None) -> Encoded | None:
+    async def _shared(self, request: ReadRequest, deadline_s: float, asker: Asker) -> Encoded | None:
         """Return an answer from a few keys, or one that equal reads of one commit share; None if it is not fresh enough."""
         if request.waits:
             found = self._reader.find_point(request.query, self._reader.clock.now_ms())
             if found is not None:
-                return await self._encode_point(found, request) if self._fresh(request, found.answer.as_of) else None
+                fresh = self._fresh(request, found.answer.as_of)
+                return await self._encode_point(found, request, asker) if fresh else None
         asked = self._reader.asked(request.query)
         if asked is not None and request.known:
             etag = self._answers.tags.of(request.key, asked.span, asked.positions)
@@ -205,10 +207,10 @@ class ReadService:
                 self._metrics.inc(m.ANSWERS, 1, "unchanged")
                 unchanged = encoded(answer, request.media_type, etag, (), unchanged=True)
                 return unchanged if self._fresh(request, answer.as_of) else None
-        kept = await self._answers.get(request.key, asked, deadline_s, receive)
+        kept = await self._answers.get(request.key, asked, deadline_s, asker)
         coded = None
         if request.coding and len(kept.start) >= self._settings.compress_bytes_min:
-            coded = await self._answers.coded(kept, request.coding, self._pool.compress)
+            coded = await self._answers.coded(kept, request.coding, self._pool.compress, asker)
         answer = self._reader.renewed(kept.head, kept.positions)
         if not self._fresh(request, answer.as_of):
             return None
@@ -246,21 +248,24 @@ class ReadService:
     async def answers(self, request: SeveralRequest, headers: ReadHeaders, receive: Receive | None = None) -> Encoded:
         """Return the encoded answers to several queries at one moment. Raises as `answer`, and for one wrong query."""
         clock = self._reader.clock
-        deadline_s = clock.monotonic_s() + request.timeout_ms / 1000
+        deadline_s, asker = clock.monotonic_s() + request.timeout_ms / 1000, Asker(receive)
 
         def read() -> tuple[AsOf, bytes]:
             found = self._reader.find_all(request.queries, clock.now_ms(), deadline_s=deadline_s)
             answers = answers_together([self._reader.renewed(it.answer, it.positions) for it in found])
-            return answers.as_of, encode_answers(answers)
+            body = encode_answers(answers)
+            for it in found:
+                release(it.answer)
+            return answers.as_of, body
 
         large = self._is_large(*request.queries)
 
         while True:
             if request.waits:
                 await self._wait(request, deadline_s, receive)
-            as_of, body = await self._pool.bounded(self._pool.run, read, large=large)
+            as_of, body = await self._pool.bounded(self._pool.run, read, large=large, asker=asker)
             if self._fresh(request, as_of):
-                parts, coding = await self._pool.coded(body, preferred_coding(headers.encoding))
+                parts, coding = await self._pool.coded(body, preferred_coding(headers.encoding), asker)
                 return plain_json(parts, coding)
             if clock.monotonic_s() >= deadline_s:
                 raise NotReady(too_old(request))
@@ -280,6 +285,7 @@ class ReadService:
         *,
         windowed: bool = True,
         bounds: Bounds | None = None,
+        receive: Receive | None = None,
     ) -> tuple[bytes, str]:
         """Return all views within bounds, or these, as `render` writes them.
 
@@ -290,12 +296,13 @@ class ReadService:
         def scrape() -> tuple[bytes, str]:
             return render(self._reader.scrape(views, windowed=windowed, deadline_s=deadline_s, bounds=bounds), accept)
 
-        return await self._pool.bounded(self._pool.run, scrape)
+        return await self._pool.bounded(self._pool.run, scrape, asker=Asker(receive))
 
-    async def remote_read(self, body: bytes, bounds: Bounds | None = None) -> bytes:
+    async def remote_read(self, body: bytes, bounds: Bounds | None = None, receive: Receive | None = None) -> bytes:
         """Return the answer to a remote read of Prometheus. Raises as `RemoteReads.answer`; `Unavailable` without room."""
         deadline_s = self._pool.deadline_s()
-        return await self._pool.bounded(self._pool.run, lambda: self._remote.answer(body, bounds, deadline_s=deadline_s))
+        read = partial(self._remote.answer, body, bounds, deadline_s=deadline_s)
+        return await self._pool.bounded(self._pool.run, read, asker=Asker(receive))
 
     async def states(self, body: bytes, receive: Receive | None = None) -> bytes:
         """Return what a server that merges several asks for; see `core.gathered`. Raises as `answer`."""
@@ -313,7 +320,7 @@ class ReadService:
 
         if not asked.reads and not asked.views and asked.views is not None:
             return read()  # at once, also while many reads run: by this the other server knows that this one is there
-        return await self._pool.bounded(self._pool.run, read)
+        return await self._pool.bounded(self._pool.run, read, asker=Asker(receive))
 
     @staticmethod
     def _fresh(request: Waiting, as_of: AsOf) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Mapping
+from functools import partial
 from typing import Any
 
 import pipeline.metrics as m
+from pipeline.budget import Spent
 from pipeline.core.query import Query
 from pipeline.core.record import Position
 from pipeline.errors import Unavailable
@@ -14,38 +16,23 @@ from pipeline.metrics import Metrics
 from pipeline.query.codings import Coded
 from pipeline.query.found import Asked
 from pipeline.query.kept import AnswerCache, AnswerKey, EntityTags, KeptAnswer
-from pipeline.query.read_pool import Receive, while_connected
+from pipeline.query.read_pool import Asker, SharedWork, while_connected
 from pipeline.query.reader import ViewReader
 
 Compress = Callable[[str, bytes], Coroutine[Any, Any, Coded]]
-InSlot = Callable[[Callable[[], KeptAnswer], Query], "asyncio.Task[KeptAnswer]"]
+InSlot = Callable[[Callable[[], KeptAnswer], Query, Spent], "asyncio.Task[KeptAnswer]"]
 """Starts the computation of a query in a thread; raises `Unavailable` at once if too many run."""
 
 
-class _Flight:
+class _Flight(SharedWork[KeptAnswer]):
     """An answer that is being computed."""
 
-    task: asyncio.Task[KeptAnswer]
-
     def __init__(self, asked: Asked | None) -> None:
+        super().__init__()
         self._asked = asked
         self._positions = None if asked is None else asked.positions
         self.started = False
         """True before the stores are read."""
-        self.awaited = 0
-        """Number of reads that wait for the answer."""
-        self._is_dropped = False
-
-    async def answer(self, timeout_s: float) -> KeptAnswer:
-        """Wait for the answer. The last read that stops to wait cancels a computation that has not begun."""
-        self.awaited += 1
-        try:
-            return await asyncio.wait_for(asyncio.shield(self.task), timeout_s)
-        finally:
-            self.awaited -= 1
-            if not self.awaited and not self.started:
-                self._is_dropped = True
-                self.task.cancel()
 
     def note(self, positions: Mapping[int, Position]) -> None:
         """Note the commits that are read."""
@@ -53,7 +40,7 @@ class _Flight:
 
     def answers(self, asked: Asked) -> bool:
         """Return whether an equal query that is asked now is answered by this: of no older commit, over the same range."""
-        same = not self._is_dropped and self._asked is not None and self._asked.span == asked.span
+        same = not self.is_dropped and self._asked is not None and self._asked.span == asked.span
         return same and (not self.started or self._positions == asked.positions)
 
 
@@ -69,13 +56,11 @@ class SharedAnswers:
         self._flights: dict[AnswerKey, _Flight] = {}
         """The newest computation of each answer that is under way."""
 
-    async def get(
-        self, key: AnswerKey, asked: Asked | None, deadline_s: float, receive: Receive | None = None
-    ) -> KeptAnswer:
+    async def get(self, key: AnswerKey, asked: Asked | None, deadline_s: float, asker: Asker) -> KeptAnswer:
         """Return an answer of the present commit: kept, under way for another read, or computed now.
 
         `asked` is the query as it is asked now; None if that is not known. `Unavailable` after `deadline_s`. A computation
-        that has not begun ends when no read waits for it; `receive` tells when the client of this one goes away.
+        ends when no read waits for it.
         """
         clock = self._reader.clock
         while True:
@@ -86,10 +71,10 @@ class SharedAnswers:
             flight = self._flights.get(key)
             joined = flight is not None and asked is not None and flight.answers(asked)
             if not joined or flight is None:
-                flight = self._start(key, asked, deadline_s)
+                flight = self._start(key, asked, deadline_s, asker.spent)
             try:
-                async with while_connected(receive):
-                    kept = await flight.answer(deadline_s - clock.monotonic_s())
+                async with while_connected(asker.receive):
+                    kept = await flight.result(deadline_s - clock.monotonic_s())
             except TimeoutError:
                 raise Unavailable(f"view {key[0].view}: not read within timeout_ms; give it more time") from None
             except Unavailable:
@@ -100,8 +85,8 @@ class SharedAnswers:
             self._metrics.inc(m.ANSWERS, 1, "joined" if joined else "computed")
             return kept
 
-    def _start(self, key: AnswerKey, asked: Asked | None, deadline_s: float) -> _Flight:
-        """Begin to compute an answer; once it has begun, it goes on even if no read wants it any more."""
+    def _start(self, key: AnswerKey, asked: Asked | None, deadline_s: float, spent: Spent) -> _Flight:
+        """Begin to compute an answer, and count the CPU as `spent`."""
         now_ms = self._reader.clock.now_ms() if asked is None else asked.now_ms
         flight = _Flight(asked)
 
@@ -116,25 +101,27 @@ class SharedAnswers:
             if not task.cancelled() and task.exception() is None and asked is not None:
                 self._cache.put(task.result())
 
-        flight.task = self._in_slot(compute, key[0])
+        flight.task = self._in_slot(compute, key[0], spent)
         flight.task.add_done_callback(done)
         self._flights[key] = flight
         return flight
 
-    async def coded(self, kept: KeptAnswer, coding: str, compress: Compress) -> Coded:
+    async def coded(self, kept: KeptAnswer, coding: str, compress: Compress, asker: Asker) -> Coded:
         """Return the compressed start of a kept answer, which is compressed once."""
         found = kept.coded.get(coding)
         if found is not None:
             return found
-        task = kept.coding.get(coding)
-        if task is None:
+        work = kept.coding.get(coding)
+        if work is None or work.is_dropped:
+            work = kept.coding[coding] = SharedWork[Coded]()
+            work.task = asyncio.create_task(compress(coding, kept.start))
+            work.task.add_done_callback(partial(self._coded, kept, coding, work))
+        async with while_connected(asker.receive):
+            return await work.result()
 
-            def done(task: asyncio.Task[Coded]) -> None:
-                del kept.coding[coding]
-                if not task.cancelled() and task.exception() is None:
-                    kept.coded[coding] = task.result()
-                    self._cache.grown(kept)
-
-            task = kept.coding[coding] = asyncio.create_task(compress(coding, kept.start))
-            task.add_done_callback(done)
-        return await asyncio.shield(task)
+    def _coded(self, kept: KeptAnswer, coding: str, work: SharedWork[Coded], task: asyncio.Task[Coded]) -> None:
+        if kept.coding.get(coding) is work:
+            del kept.coding[coding]
+        if not task.cancelled() and task.exception() is None:
+            kept.coded[coding] = task.result()
+            self._cache.grown(kept)

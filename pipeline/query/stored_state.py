@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from pipeline.core.codec import decode_definition, decode_folded
+from pipeline.core.grants import Bounds
 from pipeline.core.record import (
     POSITION_KEY,
     TAG_DEFINITION,
@@ -28,18 +29,22 @@ class _Seen(NamedTuple):
     keys: frozenset[bytes]
 
 
-def find_definition(reader: ViewReader, view: str) -> Definition | None:
-    """Return the merged definition of a view; None if there is no such view."""
+def find_definition(reader: ViewReader, view: str, bounds: Bounds | None) -> Definition | None:
+    """Return the merged definition of a view within bounds; None if there is no such view."""
     try:
-        return reader.definition(view)
+        return reader.definition(view, bounds)
     except NotFound:
         return None
 
 
-def find_definitions(reader: ViewReader, view: str, kind: str, window_s: int | None) -> Sequence[Definition]:
-    """Return the definitions that a read of a view by kind and window merges (None: the window that was defined first)."""
+def find_definitions(
+    reader: ViewReader, view: str, kind: str, window_s: int | None, bounds: Bounds | None
+) -> Sequence[Definition]:
+    """Return the definitions within bounds that a read of a view by kind and window merges (None: the window that was
+    defined first).
+    """
     try:
-        return reader.definitions_of(view, kind, window_s)
+        return reader.definitions_of(view, kind, window_s, bounds)
     except NotFound:
         return ()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any, Protocol
@@ -63,26 +63,35 @@ class Streams:
         self._clock = clock
         self._channels: dict[Query, _Channel] = {}
         self._open = 0
-        self._closed = False
+        self._shares = {limit: Counter[str]() for limit in ("streams_per_client_max", "stream_queries_per_client_max")}
+        """By limit and client: open streams, and reads that are streamed and that the client was first to ask for."""
         metrics.set(m.STREAMS, 0)
         metrics.inc(m.ANSWERS, 0, "streamed")
-        for reason in ("streams_max", "stream_queries_max"):
+        for reason in ("streams_max", "stream_queries_max", *self._shares):
             metrics.inc(m.READS_REFUSED, 0, reason)
 
     @asynccontextmanager
-    async def open(self, query: Query, last_id: str = "") -> AsyncIterator[AsyncIterator[bytes]]:
-        """Yield the events of a read, those after the event `last_id` if that is known.
+    async def open(self, query: Query, last_id: str = "", client: str = "") -> AsyncIterator[AsyncIterator[bytes]]:
+        """Yield the events of a read for a client, those after the event `last_id` if that is known.
 
-        Raises as the read does if its first answer can't be had, and `Unavailable` if there are too many streams.
+        Raises as the read does if its first answer can't be had, and `Unavailable` if there are too many streams, in all or
+        of this client.
         """
         if self._open >= self._settings.streams_max:
             self._refuse("streams_max", f"{self._open} streams are open; no more are taken")
+        streams, queries = self._shares.values()
+        self._check_share("streams_per_client_max", client, "streams are open")
         channel = self._channels.get(query)
         if channel is None:
             if len(self._channels) >= self._settings.stream_queries_max:
                 self._refuse("stream_queries_max", f"{len(self._channels)} different reads are streamed; no more are taken")
-            channel = self._channels[query] = _Channel(query, self._source, self._settings, self._clock, self._metrics)
+            self._check_share("stream_queries_per_client_max", client, "different reads are streamed")
+            channel = self._channels[query] = _Channel(
+                query, client, self._source, self._settings, self._clock, self._metrics
+            )
+            queries[client] += 1
         self._open += 1
+        streams[client] += 1
         channel.reader_count += 1
         self._metrics.set(m.STREAMS, self._open)
         try:
@@ -90,11 +99,18 @@ class Streams:
             yield channel.events(last_id)
         finally:
             self._open -= 1
+            _take_one(streams, client)
             channel.reader_count -= 1
             self._metrics.set(m.STREAMS, self._open)
             if not channel.reader_count:
                 self._channels.pop(query, None)
+                _take_one(queries, channel.client)
                 await channel.close()
+
+    def _check_share(self, setting: str, client: str, what: str) -> None:
+        count = self._shares[setting][client]
+        if count >= getattr(self._settings, setting):
+            self._refuse(setting, f"{count} {what} for this client ({client[:100]}); no more are taken")
 
     def _refuse(self, setting: str, why: str) -> None:
         self._metrics.inc(m.READS_REFUSED, 1, setting)
@@ -106,10 +122,26 @@ class Streams:
             channel.end()
 
 
+def _take_one(counts: Counter[str], client: str) -> None:
+    counts[client] -= 1
+    if not counts[client]:
+        del counts[client]
+
+
 class _Channel:
     """The answer to one read, its newest updates, and the readers that wait for the next."""
 
-    def __init__(self, query: Query, source: AnswerSource, settings: QuerySettings, clock: Clock, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        query: Query,
+        client: str,
+        source: AnswerSource,
+        settings: QuerySettings,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self.client = client
+        """Client that was first to ask for the read: the channel is in its share for as long as somebody reads it."""
         self.reader_count = 0
         self._query = query
         self._source = source

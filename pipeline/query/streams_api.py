@@ -11,6 +11,7 @@ import pipeline.metrics as m
 from pipeline.errors import Invalid
 from pipeline.metrics import Metrics
 from pipeline.query.access import Access
+from pipeline.query.clients import client_of
 from pipeline.query.gather import GatherService
 from pipeline.query.params import parse_read
 from pipeline.query.service import ReadService
@@ -50,7 +51,7 @@ class StreamView:
             raise Invalid("compare, cursor and allow_partial are not for streams")
         last_id = b"".join([value for name, value in scope["headers"] if name == b"last-event-id"]).decode("latin-1")
         await self._service.wait(request, receive)
-        async with self._streams.open(request.query, last_id) as events:
+        async with self._streams.open(request.query, last_id, client_of(scope)) as events:
             await send({"type": "http.response.start", "status": 200, "headers": self._headers})
             if scope["method"] == "HEAD":
                 await send({"type": "http.response.body", "body": b""})

@@ -10,7 +10,6 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from ipaddress import IPv6Address, ip_address
 from itertools import islice
 from math import inf
 from typing import Protocol
@@ -82,17 +81,6 @@ class _Unsent:
         """Return the bytes that the client takes in a second."""
         took_s = now_s - self.began_s
         return (self.began_bytes - self.now_bytes) / took_s if took_s > _FRESH_S else inf
-
-
-def address_group(host: str) -> str:
-    """Return what connections from `host` count for: its address, or its IPv6 network of 64 bits, which one client has."""
-    try:
-        address = ip_address(host.partition("%")[0])
-    except ValueError:
-        return host
-    if isinstance(address, IPv6Address):
-        return str(address.ipv4_mapped or IPv6Address(int(address) >> 64 << 64))
-    return str(address)
 
 
 class Connections:

@@ -8,7 +8,9 @@ handles one request at a time; what a client sends before its turn waits unparse
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
+import sys
 from contextlib import suppress
 from enum import Enum, auto
 from typing import Any
@@ -19,18 +21,27 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from pipeline.query.clients import address_group
+from pipeline.query.fairness import IS_GONE
 from pipeline.query.guard import OPERATIONS
 from pipeline.query.problems import Refused, problem
-from pipeline.roles.connections import Connections, Waits, address_group
+from pipeline.roles.connections import Connections, Waits
 
 _END_OF_LINES = b"\r\n\r\n"
 _HELD_BYTES = 16_384
 """Bytes that are read ahead of a request's turn, about; reading goes on meanwhile, to notice that the client has gone."""
 _THROWN_BYTES_MAX = 1_048_576
 """Bytes that a client may still send while it could read why its connection is closed."""
+_HOST = re.compile(rb"(?:\[[0-9A-Za-z:.%_~-]+\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*)(?::[0-9]*)?")
+"""A valid Host: RFC 9110 section 7.2, with the syntax of RFC 3986."""
 _CHUNKS_FREE = 1_024
 _CHUNK_BYTES_MIN = 16
 """A chunked body has at least so many bytes a chunk on average, after the first chunks."""
+
+
+_TCP_INFO: int | None = getattr(socket, "TCP_INFO", None) if sys.platform == "linux" else None
+_TCP_CLOSED = (7, 8)
+"""States of a socket whose other end has closed it: CLOSE and CLOSE_WAIT."""
 
 
 class _Stage(Enum):
@@ -92,6 +103,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._thrown_bytes = 0
         self._held = b""
         self._held_at = 0
+        self._extensions: dict[str, Any] = {IS_GONE: self.is_gone}
         self._accepted: socket.socket | None = None
         """The connection's socket until there is a transport."""
 
@@ -104,6 +116,13 @@ class BoundedProtocol(HttpToolsProtocol):
     def is_connecting(self) -> bool:
         """Return whether there is no transport yet."""
         return self._accepted is not None
+
+    def is_gone(self) -> bool:
+        """Return whether the client has closed the connection; Linux tells that also while nothing is read."""
+        if self.transport.is_closing() or _TCP_INFO is None:
+            return bool(self.transport.is_closing())
+        state = self.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 1)[0]
+        return state in _TCP_CLOSED
 
     def accepted(self, client: socket.socket) -> None:
         """Begin to wait for the first head; it comes after the TLS handshake, if there is one."""
@@ -289,12 +308,14 @@ class BoundedProtocol(HttpToolsProtocol):
         version = parser.get_http_version()
         if version != "1.1":
             scope["http_version"] = version
+        _check_host(self.headers, version)
         parsed = httptools.parse_url(self.url)
         path = parsed.path.decode("ascii")
         scope["method"] = parser.get_method().decode("ascii")
         scope["path"] = unquote(path) if "%" in path else path
         scope["raw_path"] = parsed.path
         scope["query_string"] = parsed.query or b""
+        scope["extensions"] = self._extensions
         self.cycle = RequestResponseCycle(
             scope,
             self.transport,
@@ -417,6 +438,15 @@ class BoundedProtocol(HttpToolsProtocol):
             self.transport.write_eof()
         else:
             self.transport.close()
+
+
+def _check_host(headers: Any, version: str) -> None:
+    """Raise `Refused` unless there is one valid Host (RFC 9112 section 3.2): a proxy may have gone by another one."""
+    hosts = [value for name, value in headers if name == b"host"]
+    if len(hosts) != 1 and (hosts or version == "1.1"):
+        raise Refused(400, f"{len(hosts)} headers Host: a request has one")
+    if hosts and not _HOST.fullmatch(hosts[0]):
+        raise Refused(400, f"no valid Host: {hosts[0][:200].decode('latin-1')!r}")
 
 
 def _body_length(headers: Any) -> int | None:

@@ -49,7 +49,7 @@ class KafkaRole:
             self.partition_count = check_topics(self.log, TOPICS)
             self._delete_retention_ms = check_changelog(self.log, topics.load()[CHANGELOG])
             check_format(self.log)
-            self._stores = RocksStores(self._data.stores, log_settings)
+            self._stores = RocksStores(self._data.stores, log_settings, count=self.partition_count)
         except BaseException:
             self._data.close()
             raise

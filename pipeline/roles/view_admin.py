@@ -121,7 +121,7 @@ class KafkaViews:
         try:
             check_topics(self._log, (DELTAS, CHANGELOG))
             self._catalogue = Catalogue(self._log, self._clock)
-            self._orders = Gateway(self._log, self._clock, publisher, lambda _: None)
+            self._orders = Gateway(self._log, self._clock, publisher, lambda view, bounds: None)
         except BaseException:
             self._log.close()
             raise

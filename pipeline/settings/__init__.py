@@ -279,6 +279,11 @@ class QuerySettings(_Checked):
         10_000, "how long a read waits and works when the request has no `timeout_ms`", least=1
     )
     timeout_ms_max: int = _setting(60_000, "largest `timeout_ms`", least=1)
+    cpu_ms_max: int = _setting(
+        20_000,
+        "CPU time of all threads that work for one request; a read that needs more is refused with 400, a write with 413",
+        least=1,
+    )
     openmetrics_series_max: int = _setting(
         50_000,
         "series in an answer of GET /v1/openmetrics, each histogram 33; views that do not fit are left out, each as a whole",
@@ -373,6 +378,15 @@ class QuerySettings(_Checked):
     streams_max: int = _setting(2_000, "open streams, beside `connections_max`; one more is refused with 503", least=1)
     stream_queries_max: int = _setting(
         100, "different reads that are streamed, each computed once a commit; one more is refused with 503", least=1
+    )
+    streams_per_client_max: int = _setting(
+        1_500, "open streams of one access token or, without tokens, of one address; one more is refused with 503", least=1
+    )
+    stream_queries_per_client_max: int = _setting(
+        75,
+        "different reads that are streamed because one access token or address was first to ask for them; one more is "
+        "refused with 503",
+        least=1,
     )
     stream_interval_ms: int = _setting(200, "shortest time between two updates of a stream", least=10)
     stream_heartbeat_ms: int = _setting(

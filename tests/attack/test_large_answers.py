@@ -31,7 +31,9 @@ def publish(up: UpProcess, series_count: int) -> None:
     assert request(up.port, "GET", path, timeout_s=90).status == 200
 
 
-@pytest.mark.parametrize(("series_count", "count"), [(51_000, 4), pytest.param(1_000_000, 8, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("series_count", "count"), [(51_000, 4), pytest.param(1_000_000, 8, marks=[pytest.mark.long, pytest.mark.timeout(900)])]
+)
 def test_large_answers_leave_time_for_others(up: UpProcess, series_count: int, count: int) -> None:
     """While large answers are made, each another one, others write and read their writes; all large ones come, too."""
     publish(up, series_count)
@@ -48,5 +50,4 @@ def test_large_answers_leave_time_for_others(up: UpProcess, series_count: int, c
     assert {reply.status for reply in replies} <= {200, 503}
     assert len(right[0].json()["series"]) >= series_count - count
     assert not [it for it in bystander.failures if "health" in it], bystander
-    health_s_max = 1.0 if series_count < 100_000 else 2.0  # a million rows are sorted in one call, which takes a while
-    bystander.check(grown_bytes_max=200_000_000 + 1_200 * series_count, health_s_max=health_s_max, rounds_min=2)
+    bystander.check(grown_bytes_max=200_000_000 + 1_200 * series_count, rounds_min=2)

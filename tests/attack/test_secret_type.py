@@ -14,7 +14,7 @@ import msgspec
 import pytest
 
 from pipeline.errors import Invalid
-from pipeline.secret import Secret, is_secret_option, read_secret, redacted, redacted_url, revealed, with_secrets
+from pipeline.secret import Secret, is_secret_option, read_secret, redacted_url, revealed, with_secrets
 
 PLANTED = "pl4nted-\u00e9"
 
@@ -86,5 +86,3 @@ def test_options_that_hold_secrets(tmp_path: Path) -> None:
 def test_a_url_without_its_password(url: str, shown: str) -> None:
     """A URL is shown without what stands before its last `@`, and behind its `?`."""
     assert redacted_url(url) == shown
-    if "://" in url:
-        assert "p@" not in redacted(f"{url!r} and {url}")

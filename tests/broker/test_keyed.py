@@ -53,7 +53,7 @@ def try_in_part(app: App, key: str) -> None:
             return [Unavailable("cut")] * len(messages)
 
         log.append = part  # type: ignore[method-assign]
-        gateway = Gateway(log, SystemClock(), PublisherSettings(), lambda _: None)
+        gateway = Gateway(log, SystemClock(), PublisherSettings(), lambda view, bounds: None)
         with pytest.raises(Unavailable, match="cut"):
             gateway.deltas(
                 parse_deltas(BODY.encode(), "", 10_000), RequestKey("/v1/deltas", key, sha256(BODY.encode()).digest())

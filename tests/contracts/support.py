@@ -46,6 +46,9 @@ class ManualClock:
     def monotonic_s(self) -> float:
         return time.monotonic()
 
+    def thread_cpu_s(self) -> float:
+        return 0.0
+
     def new_id(self) -> str:
         return f"id-{time.monotonic_ns()}"
 

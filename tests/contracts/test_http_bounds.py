@@ -24,7 +24,9 @@ from uvicorn.server import ServerState
 import pipeline.roles.http_server as http_server
 from pipeline.adapters.prometheus import PrometheusMetrics
 from pipeline.metrics import NO_METRICS
-from pipeline.roles.connections import Connections, address_group
+from pipeline.query.clients import address_group
+from pipeline.query.fairness import IS_GONE
+from pipeline.roles.connections import Connections
 from pipeline.roles.descriptors import sockets_within
 from pipeline.roles.http_protocol import BoundedProtocol
 from pipeline.settings import QuerySettings
@@ -51,7 +53,7 @@ class Site:
     def __init__(self, port: int, metrics: PrometheusMetrics) -> None:
         self.port = port
         self._metrics = metrics
-        self.gate = threading.Event()
+        self.gate, self.gone = threading.Event(), threading.Event()
 
     def connect(self, **options: Any) -> socket.socket:
         return connect(self.port, **options)
@@ -82,6 +84,12 @@ class Site:
             await send({"type": "lifespan.shutdown.complete"})
             return
         body, more = b"", True
+        if scope["path"] == "/gone":
+            for _ in range(500):
+                await asyncio.sleep(0.01)
+                if scope["extensions"][IS_GONE]():
+                    self.gone.set()
+                    return
         if scope["path"] == "/early":
             more = False
         while more:
@@ -227,6 +235,34 @@ def test_what_is_no_http_is_refused(bounded: Site) -> None:
     assert bounded.ask(b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n")[0][0] == 400
     assert bounded.ask(b"GET / HTTP/1.1\r\nContent-Length: x\r\n\r\n")[0][0] == 400
     assert bounded.ask(CHUNKED + b"z\r\n")[0][0] == 400
+
+
+@pytest.mark.parametrize(
+    ("hosts", "status"),
+    [
+        *((it, 200) for it in (["x"], ["x:1"], ["[::1]:1"], ["a-b.example."], [""])),
+        *((it, 400) for it in ([], ["x", "x"], ["x", "evil"], ["x, evil"], ["user@x"], ["x/y"], ["x:y"], ["[x"], ["\xe4"])),
+    ],
+)
+def test_a_request_has_one_valid_host(bounded: Site, hosts: list[str], status: int) -> None:
+    """Without a Host, with two, or with one that is no name or address, a request is 400."""
+    lines = "".join([f"Host: {it}\r\n" for it in hosts]).encode("latin-1")
+    assert bounded.ask(b"GET / HTTP/1.1\r\n%sConnection: close\r\n\r\n" % lines)[0][0] == status
+    if not hosts:
+        assert bounded.ask(b"GET / HTTP/1.0\r\n\r\n")[0][0] == 200
+
+
+@pytest.mark.parametrize("sent_bytes", [0, 120_000])
+@pytest.mark.parametrize("reset", [False, True])
+def test_an_application_learns_that_its_client_has_gone(sent_bytes: int, reset: bool) -> None:
+    """While a body is not read, also once reading from the socket has stopped, the end of the connection is seen."""
+    with site(body_timeout_ms=60_000) as patient, patient.connect() as client:
+        if reset:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+        client.sendall(b"POST /gone HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n" + b"x" * sent_bytes)
+        assert not patient.gone.wait(0.2)
+        client.close()
+        assert patient.gone.wait(5)
 
 
 def test_expect_100_continue(bounded: Site) -> None:
@@ -390,7 +426,7 @@ def test_slow_legal_clients_are_served() -> None:
     times = dict.fromkeys(("head_timeout_ms", "body_timeout_ms", "write_timeout_ms"), 10_000)
     with site(**times) as patient:
         with patient.connect() as client:
-            for byte in b"GET / HTTP/1.1\r\nHost: x\r\n\r\nPOST / HTTP/1.1\r\nContent-Length: 30\r\n\r\n":
+            for byte in b"GET / HTTP/1.1\r\nHost: x\r\n\r\nPOST / HTTP/1.1\r\nHost: x\r\nContent-Length: 30\r\n\r\n":
                 client.sendall(bytes([byte]))
                 time.sleep(0.004)
             for _ in range(10):

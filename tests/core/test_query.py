@@ -2,12 +2,14 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pipeline.core.query as query_module
 from pipeline.core.codec import DefinitionEntry
 from pipeline.core.kinds import KINDS
 from pipeline.core.query import (
@@ -339,3 +341,33 @@ def top_of_last(values: Sequence[tuple[str, Any]], query: Query = TOP) -> list[s
     choice = TopN(KINDS["last"], query)
     choice.offer({(label,): (1, 1, value) for label, value in values})
     return [labels[0] for labels in choice.selected().labels]
+
+
+@pytest.mark.parametrize("limit", [1, 7, 1_000])
+@given(rows=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 9)), max_size=300))
+def test_rows_are_sorted_in_slices(rows: list[tuple[int, int]], limit: int) -> None:
+    """Sorting in slices is sorting, and stable; no slice is much larger than it may be if keys differ."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(query_module, "_SLICE", limit)
+        assert query_module.sorted_in_slices(rows, itemgetter(0)) == sorted(rows, key=itemgetter(0))
+        freed = [*rows]
+        slices = [*query_module.freed_in_slices(freed)]
+        assert [row for it in slices for row in it] == rows
+        assert not freed
+        assert all(len(it) <= limit for it in slices)
+
+
+def test_no_call_sorts_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call sorts about one slice of many rows in any order, so that the interpreter's lock is free in between."""
+    sizes: list[int] = []
+
+    def noting(rows: Any, **options: Any) -> list[Any]:
+        found = sorted(rows, **options)
+        sizes.append(len(found))
+        return found
+
+    monkeypatch.setattr(query_module, "sorted", noting, raising=False)
+    for order in (1, -1, 7_919):
+        rows = [(i * order % 200_003, i) for i in range(200_003)]
+        assert query_module.sorted_in_slices(rows, itemgetter(0)) == sorted(rows)
+    assert max(sizes) <= 2 * query_module._SLICE

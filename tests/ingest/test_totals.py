@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.adapters.totals_file import TotalsFile
 from pipeline.core.distribution import ExponentialBuckets, distribution_of
+from pipeline.core.grants import Bounds
 from pipeline.core.token import Token
 from pipeline.errors import Invalid, NewerFormat, Unavailable
 from pipeline.ingest.totals import RunningTotals
@@ -32,7 +33,7 @@ class Log:
         self.counted: dict[RequestKey, Any] = {}
         self.end = ""
 
-    def fitting(self, deltas: Any, key: Any) -> Any:
+    def fitting(self, deltas: Any, key: Any, bounds: Any) -> Any:
         if self.end == "refused":
             raise Invalid("no room")
         if self.end in ("before", "away before"):
@@ -214,7 +215,9 @@ def test_all_values_come_back(tmp_path: Path) -> None:
     observed = distribution_of(3, 4.5, ExponentialBuckets(3, 1, (-2, [1]), (5, [1])))
     values = 2**70, -0.1, observed
     deltas = [RawDelta("v", "sum", {"a": "é\ud800\0"}, value, 7, monotone=True) for value in values]
-    sent = SentIncreases(deltas, [1, 2, 3], RequestKey("/p", "k", b"\xff"), {b"\0": StreamTotals(1, 2**64 - 1, values)}, 9)
+    bounds = Bounds(("shop_*",), (("team", "a"),))
+    totals = {b"\0": StreamTotals(1, 2**64 - 1, values)}
+    sent = SentIncreases(deltas, [1, 2, 3], RequestKey("/p", "k", b"\xff"), totals, 9, bounds)
     changes = {bytes([i]): StreamTotals(i, i, values) for i in (3, 1, 2)}
     file = TotalsFile(tmp_path / "totals.db", "log", lambda: 0)
     assert file.load() is None

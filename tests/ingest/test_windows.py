@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pipeline.adapters.clock import SystemClock
+from pipeline.core.grants import Bounds
 from pipeline.core.record import Definition, expired_before_ms, parse_suffix
 from pipeline.errors import Invalid
 from pipeline.ingest.admission import NoFacts
@@ -38,7 +39,7 @@ class Still(SystemClock):
         return NOW_MS
 
 
-def like(view: str, kind: str, window_s: int | None) -> Sequence[Definition]:
+def like(view: str, kind: str, window_s: int | None, bounds: Bounds | None) -> Sequence[Definition]:
     """Return the definitions of a view and kind with this window, or with that of the first of them."""
     found = [it for it in KNOWN if (it.view, it.kind) == (view, kind)]
     window = window_s if window_s is not None or not found else found[0].window_s

@@ -130,7 +130,7 @@ def test_a_topic_made_anew_while_a_publisher_runs() -> None:
 def test_a_gateway_names_the_topic_that_acknowledged() -> None:
     """Each answer has the topic of its own appends, also if the topic is made anew just before."""
     log = Topics()
-    gate = Gateway(log, CLOCK, PublisherSettings(), lambda view: Definition(view, "sum"))
+    gate = Gateway(log, CLOCK, PublisherSettings(), lambda view, bounds: Definition(view, "sum"))
     delta = RawDelta("v", "sum", {}, 1)
     assert gate.deltas([delta]) == log.token(1)
     assert gate.deltas([delta]) == log.token(2)

@@ -160,7 +160,7 @@ def test_publishers_and_gateway_agree_on_labels_whatever_the_order() -> None:
         one.sum("revenue", labels=("region", "product")).labels("eu", "tea").add(1)
         two.sum("revenue", labels=("product", "region")).labels("tea", "eu").add(10)
         two.sum("revenue", labels=("product", "region")).add(100, region="eu", product="tea")
-    gateway = Gateway(log, SystemClock(), PublisherSettings(), lambda _: None)
+    gateway = Gateway(log, SystemClock(), PublisherSettings(), lambda view, bounds: None)
     gateway.deltas([RawDelta("revenue", "sum", {"region": "eu", "product": "tea"}, 1_000)])
     views = fold(log)
     assert dict(views.of("revenue")) == {("tea", "eu"): 1_111}

@@ -22,6 +22,7 @@ from pipeline.adapters.prometheus import PrometheusMetrics, render_views
 from pipeline.core.answer import Answer, PartitionStatus, Status
 from pipeline.core.codec import decode_definition, encode_batch, encode_definition
 from pipeline.core.gathered import STATES_PATH, STATES_TYPE
+from pipeline.core.grants import Bounds
 from pipeline.core.query import Query
 from pipeline.core.record import (
     Batch,
@@ -47,7 +48,7 @@ from pipeline.query.dead_letters import DeadLetters
 from pipeline.query.ends import EndsNow, EndsPolled, LogEnds
 from pipeline.query.otlp_api import ExportTaking
 from pipeline.query.reader import ViewReader
-from pipeline.query.stored_state import StoredState
+from pipeline.query.stored_state import StoredState, find_definitions
 from pipeline.roles.acceptor import MakeContext
 from pipeline.roles.http_server import HttpServer, bind, open_tls
 from pipeline.settings import PublisherSettings, QuerySettings, WorkerSettings
@@ -94,7 +95,12 @@ class World:
         self.ready = True
         self.reader = self.new_reader()
         self.ingest: Ingest | None = Gateway(
-            self.log, self.clock, PublisherSettings(), self._definition_of, facts=StoredState(self.stores)
+            self.log,
+            self.clock,
+            PublisherSettings(),
+            self._definition_of,
+            facts=StoredState(self.stores),
+            definitions_of=lambda *asked: find_definitions(self.reader, *asked),
         )
         self.letters = DeadLetters(self.log, self.clock)
         self._lock = threading.Lock()
@@ -142,9 +148,9 @@ class World:
             raise NotReady("restoring: about 7 changelog records to go")
         return {partition.number: partition.store for partition in self.partitions}
 
-    def _definition_of(self, view: str) -> Definition | None:
+    def _definition_of(self, view: str, bounds: Bounds | None = None) -> Definition | None:
         try:
-            return self.reader.definition(view)
+            return self.reader.definition(view, bounds)
         except (NotFound, NotReady):
             return None
 

@@ -235,9 +235,9 @@ class _Slow:
     def __init__(self, ingest: Any) -> None:
         self._ingest = ingest
 
-    def fitting(self, deltas: Any, key: Any = None) -> Any:
+    def fitting(self, deltas: Any, key: Any = None, bounds: Any = None) -> Any:
         time.sleep(0.005)
-        return self._ingest.fitting(deltas, key)
+        return self._ingest.fitting(deltas, key, bounds)
 
 
 def test_pushes_of_one_program_at_once() -> None:
@@ -438,7 +438,7 @@ def test_many_at_once_are_exact(server: Server) -> None:
 
 
 class _Away:
-    def fitting(self, deltas: Any, key: Any = None) -> tuple[Token, list[Refusal]]:
+    def fitting(self, deltas: Any, key: Any = None, bounds: Any = None) -> tuple[Token, list[Refusal]]:
         raise Unavailable("the log is away")
 
 

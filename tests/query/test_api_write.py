@@ -311,7 +311,7 @@ class _Failing:
     def __init__(self, error: Exception) -> None:
         self._error = error
 
-    def deltas(self, deltas: Sequence[RawDelta], key: RequestKey | None = None) -> Token:
+    def deltas(self, deltas: Sequence[RawDelta], key: RequestKey | None = None, bounds: Bounds | None = None) -> Token:
         raise self._error
 
     def batches(self, batches: Sequence[bytes], secret: str, bounds: Bounds | None = None) -> tuple[list[int], Token]:

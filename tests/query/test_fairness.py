@@ -10,6 +10,7 @@ import pytest
 
 import pipeline.query.fairness as fairness
 from pipeline.adapters.clock import SystemClock
+from pipeline.budget import ClientGone
 from pipeline.core.answer import PartitionState
 from pipeline.errors import Unavailable
 from pipeline.metrics import NO_METRICS
@@ -24,6 +25,7 @@ class Folding:
 
     def __init__(self) -> None:
         self.next_offset = self.end_offset = 0
+        self.gone = False
         settings = QuerySettings(fair_bytes_max=1_000, fair_wait_ms=int(WAIT_S * 1_000))
         self.turns = FairTurns(self.partitions, SystemClock(), settings, NO_METRICS)
 
@@ -37,7 +39,7 @@ class Folding:
 
     async def waited_s(self, writer: str) -> float:
         began_s = time.monotonic()
-        await self.turns.wait(writer)
+        await self.turns.wait(writer, lambda: self.gone)
         return time.monotonic() - began_s
 
 
@@ -61,6 +63,29 @@ def test_a_writer_that_is_ahead_waits_for_the_folding() -> None:
     asyncio.run(run())
 
 
+def test_a_wait_ends_with_its_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request whose client has gone waits no more, and leaves its place to others."""
+
+    async def run() -> None:
+        monkeypatch.setattr(fairness, "_WAITING_MAX", 1)
+        folding = Folding()
+        folding.append("flood", 20)
+        folding.append("other")
+        waiting = asyncio.create_task(folding.waited_s("flood"))
+        await asyncio.sleep(0.05)
+        folding.gone = True
+        with pytest.raises(ClientGone):
+            await asyncio.wait_for(waiting, WAIT_S / 2)
+        folding.gone = False
+        waiting = asyncio.create_task(folding.waited_s("flood"))
+        await asyncio.sleep(0.03)
+        assert not waiting.done()
+        folding.next_offset = folding.end_offset
+        await waiting
+
+    asyncio.run(run())
+
+
 def test_a_wait_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """A writer waits for `fair_wait_ms` at most, and only so many of its requests wait."""
 
@@ -72,7 +97,7 @@ def test_a_wait_ends(monkeypatch: pytest.MonkeyPatch) -> None:
         waits = [asyncio.create_task(folding.waited_s("flood")) for _ in range(2)]
         await asyncio.sleep(0.05)
         with pytest.raises(Unavailable, match="2 requests of this writer wait"):
-            await folding.turns.wait("flood")
+            await folding.turns.wait("flood", lambda: False)
         assert all([WAIT_S * 0.5 < await it < WAIT_S * 5 for it in waits])
 
     asyncio.run(run())
@@ -103,7 +128,7 @@ def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(fairness, "_WRITERS_MAX", 3)
         folding = Folding()
         for number in range(10):
-            await folding.turns.wait(f"stranger {number}")
+            await folding.turns.wait(f"stranger {number}", lambda: False)
         assert not folding.turns._writers
         folding.append("flood", 10_000)
         kept = folding.turns._writers["flood"]

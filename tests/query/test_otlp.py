@@ -196,7 +196,7 @@ def test_an_export_takes_its_turn(server: Server, temporality: int, monkeypatch:
     waited: list[str] = []
     noted: list[tuple[str, int, int]] = []
 
-    async def wait(_: FairTurns, name: str) -> None:
+    async def wait(_: FairTurns, name: str, _is_gone: object) -> None:
         waited.append(name)
 
     def note(_: FairTurns, name: str, next_offsets: dict[int, int], size: int) -> None:
@@ -277,7 +277,7 @@ def test_errors_are_what_clients_of_otlp_read() -> None:
 
 
 class _Away:
-    def fitting(self, deltas: Any, key: Any = None) -> Any:
+    def fitting(self, deltas: Any, key: Any = None, bounds: Any = None) -> Any:
         raise Unavailable("the log is away")
 
 
@@ -288,7 +288,7 @@ class _Log:
         self.counted: dict[RequestKey, int] = {}
         self.away = ""
 
-    def fitting(self, deltas: Any, key: Any = None) -> Any:
+    def fitting(self, deltas: Any, key: Any = None, bounds: Any = None) -> Any:
         if self.away == "before":
             raise Unavailable("away")
         total = sum(delta.value for delta in deltas)

@@ -30,8 +30,8 @@ FAST = {"stream_interval_ms": 10, "stream_heartbeat_ms": 300}
 class Stream:
     """A reader of one stream, which takes events when it is told to."""
 
-    def __init__(self, server: Server, path: str, last_id: str = "") -> None:
-        self.connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
+    def __init__(self, server: Server, path: str, last_id: str = "", address: str = "127.0.0.1") -> None:
+        self.connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20, source_address=(address, 0))
         self.connection.request("GET", path, headers={"Last-Event-ID": last_id} if last_id else {})
         self.response = self.connection.getresponse()
         self.last_id = last_id
@@ -294,6 +294,27 @@ def test_a_stream_of_a_wrong_read_is_refused(hits: tuple[World, Server], path: s
         path = path.replace("0-999999", str(world.token({0: 999_999})))
     server.problem(status, server.request("GET", path))
     assert b"\npipeline_streams_open 0.0" in server.request("GET", "/metrics").body
+
+
+def test_a_client_has_its_share_of_streams() -> None:
+    """One address gets `streams_per_client_max` streams of `stream_queries_per_client_max` reads; others get theirs."""
+    path = "/v1/views/hits/stream"
+    with world_serving(streams_per_client_max=3, stream_queries_per_client_max=2) as (_, server):
+        own = [Stream(server, path), Stream(server, BY_REGION)]
+        assert "setting stream_queries_per_client_max" in server.problem(503, server.request("GET", f"{path}?by="))
+        own.append(Stream(server, path))
+        assert "address 127.0.0.1" in server.problem(503, server.request("GET", path))
+        others = [Stream(server, it, address="127.0.0.2") for it in (path, f"{path}?by=", f"{path}?by=path")]
+        assert {it.take() for it in [*own, *others]} == {"answer"}
+        text = server.request("GET", "/metrics").body.decode()
+        for limit in ("streams_per_client_max", "stream_queries_per_client_max"):
+            assert f'pipeline_reads_refused_total{{limit="{limit}"}} 1.0' in text
+        own[1].close()  # gives a stream and a read back, but the read that the other address watches, too, stays
+        wait_until(lambda: b"\npipeline_streams_open 5.0" in server.request("GET", "/metrics").body)
+        own[1] = Stream(server, f"{path}?by=&top=1")
+        assert own[1].take() == "answer"
+        for it in [*own, *others]:
+            it.close()
 
 
 def test_streams_are_bounded() -> None:

@@ -543,6 +543,22 @@ def test_pushed_metrics_outside_are_left_out(market: Tenants) -> None:
     assert none.status == 403
 
 
+def test_writes_take_nothing_over_from_definitions_outside(market: Tenants) -> None:
+    """A tenant's delta gets what it leaves out from definitions with the tenant's label: no label or window of others."""
+    hidden = {"view": "shop_taken", "kind": "last", "labels": {"customer": "x"}, "value": 1, "window_s": 60}
+    first = market.ask("all", "/v1/deltas", body=[hidden])
+    text = {"Content_Type": "text/plain; version=0.0.4"}
+    assert market.ask("a", "/v1/openmetrics", body=b'shop_taken{team="a"} 1\n', **text).status == 200
+    market.ask("all", "/v1/views/shop_taken", ("after", token_of(first)))
+    assert market.ask("a", "/v1/openmetrics", body=b'shop_taken{team="a"} 1\n', **text).status == 200
+    plain = {"view": "shop_taken", "kind": "last", "labels": {"team": "a"}, "value": 2}
+    reply = market.ask("a", "/v1/deltas", body=[plain])
+    found = market.ask("a", "/v1/views/shop_taken", ("after", token_of(reply)))
+    assert [(it["labels"], it["value"]) for it in found.json()["series"]] == [({"team": "a"}, 2)]
+    listed = [it for it in market.ask("a", "/v1/views").json()["views"] if it["name"] == "shop_taken"]
+    assert [(it["labels"], it["window_s"]) for it in listed] == [(["team"], None)]
+
+
 @given(
     view=st.text("ab_*", min_size=1, max_size=4),
     views=st.lists(st.text("ab_", min_size=1, max_size=3).map(lambda it: it + "*") | st.text("ab_", min_size=1), max_size=2),

@@ -32,6 +32,9 @@ class NodeClock:
     def monotonic_s(self) -> float:
         return self._true_time.at_ms / 1000
 
+    def thread_cpu_s(self) -> float:
+        return 0.0
+
     def new_id(self) -> str:
         self._true_time.id_count += 1
         return f"id-{self._true_time.id_count}"

@@ -28,6 +28,7 @@ from pipeline.adapters.embedded.checkpoint import CheckpointOffsets, OffsetCheck
 from pipeline.adapters.embedded.chunks import Chunk, Meta, Partition, cut, decode_chunk, encode, last_offset_of, record_sizes
 from pipeline.adapters.embedded.integrity import Gap, check, mark_lost
 from pipeline.adapters.embedded.reader import EmbeddedReader
+from pipeline.adapters.open_files import files_limit, files_of_log
 from pipeline.adapters.rocks import Cursor, TranslatedErrors, close_quietly, open_db, protect_from_forks
 from pipeline.errors import Fenced, Invalid, LogCorrupt, NoSpace, PipelineError, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
@@ -440,6 +441,7 @@ def log_options(settings: LogSettings) -> Options:
     # (RocksDB can't tell a torn tail from a changed record length in the last 32 KB of a write-ahead log, and takes one in
     # an older write-ahead log for harmless: those `integrity.py` finds.)
     options.set_wal_recovery_mode(DBRecoveryMode.tolerate_corrupted_tail_records())
+    options.set_max_open_files(files_of_log(files_limit()))
     options.set_keep_log_file_num(2)
     options.set_max_background_jobs(2)
     return options
