@@ -36,7 +36,10 @@ COMMIT;
 
 
 class TotalsFile:
-    """The file of a data directory that this process has locked. `log_id` names the log that the totals are counted in."""
+    """The file of a data directory that this process has locked.
+
+    `log_id` names the log that the totals are counted in, and what else decides where a key goes in it.
+    """
 
     def __init__(self, path: Path, log_id: str, now_ms: Callable[[], int]) -> None:
         self._path = path
@@ -57,7 +60,7 @@ class TotalsFile:
         else:
             if saved is None or saved[0] == self._log_id:
                 return saved and saved[1]
-            reason = "belongs to another log"
+            reason = "belongs to another log, or was written with other `idempotent_partitions`"
         self.close()
         kept = aside(self._path, self._now_ms())
         _log.error("%s %s. It is kept as %s; what streams had before is not counted", self._path, reason, kept.name)

@@ -72,7 +72,8 @@ class Engine:
             self._data.close()
             raise
         self._series_max = worker.series_max
-        self.totals = TotalsFile(self._data.totals, self.log.topic_id(DELTAS), self.clock.now_ms)
+        counted_in = f"{self.log.topic_id(DELTAS)} {query.idempotent_partitions}"  # a repeat must come to the same partition
+        self.totals = TotalsFile(self._data.totals, counted_in, self.clock.now_ms)
         self._cleaner = Cleaner(self.log, log_settings, self.clock, metrics, self._keep_from)
         self._stores = RocksStores(self._data.stores, log_settings, count=self.log.partition_count(DELTAS))
         self.partitions: Sequence[OwnedPartition] = [

@@ -27,10 +27,10 @@ _SEND_BATCHES = 8
 
 
 @contextmanager
-def up(folder: Path, *, core: int | None = None) -> Iterator[Server]:
-    """Run `pipeline up` on a new data directory."""
+def up(folder: Path, *options: str, core: int | None = None) -> Iterator[Server]:
+    """Run `pipeline up`, with options, on a new data directory."""
     command = ["-c", "from pipeline.cli import main; main()", "up", "--json", "--port", "0", "--data", str(folder)]
-    with running(command, core=core) as server:
+    with running([*command, *options], core=core) as server:
         yield server
 
 

@@ -54,7 +54,7 @@ def streams(quick: bool) -> list[Row]:
     server_core, client_core = two_cores()
     with (
         TemporaryDirectory(prefix="pipeline-bench-") as folder,
-        up(Path(folder), core=server_core) as server,
+        up(Path(folder), "--set", f"streams_per_client_max={most + 1}", core=server_core) as server,
         pinned(client_core),
         Publisher(server.url) as publisher,
     ):

@@ -18,16 +18,21 @@ from pipeline.core.record import Control
 from pipeline.core.token import Token
 from pipeline.errors import Unavailable
 from pipeline.ports import Message, RawDelta, RequestKey
+from pipeline.pushed import SavedTotals, SentIncreases
 from pipeline.roles.embedded import Engine
-from pipeline.settings import LogSettings, WorkerSettings
+from pipeline.settings import LogSettings, QuerySettings, WorkerSettings
 from tests.support import UpProcess, everything, wait_until
 
 MANY = [RawDelta("v", "sum", {"n": str(number)}, 1) for number in range(3_000)]
 
 
 @contextmanager
-def running(data: Path) -> Iterator[Engine]:
-    engine = Engine(LogSettings(data=str(data), partitions=4), worker_settings=WorkerSettings(commit_interval_ms=5))
+def running(data: Path, **query: Any) -> Iterator[Engine]:
+    engine = Engine(
+        LogSettings(data=str(data), partitions=4),
+        worker_settings=WorkerSettings(commit_interval_ms=5),
+        query_settings=QuerySettings(**query),
+    )
     engine.start()
     try:
         assert engine.wait_ready(60)
@@ -99,6 +104,21 @@ def test_an_order_that_was_cut(tmp_path: Path) -> None:
         assert total(engine, "v", engine.ingest.controls(*reset)) == 0
         engine.ingest.deltas(MANY)
         assert total(engine, "v", engine.ingest.controls(*reset)) == len(MANY)
+
+
+def test_totals_belong_to_the_partitions_of_their_keys(tmp_path: Path) -> None:
+    """Increases that may be sent already are not sent again where their key would come to another partition."""
+    with running(tmp_path) as engine:
+        assert engine.totals.load() is None
+        sent = SentIncreases([RawDelta("v", "sum", {}, 1)], [1], key("once"), {}, 0)
+        engine.totals.save({}, 5, sent)
+        engine.totals.close()
+    with running(tmp_path) as engine:
+        assert engine.totals.load() == SavedTotals({}, 5, sent)
+        engine.totals.close()
+    with running(tmp_path, idempotent_partitions=2) as engine:
+        assert engine.totals.load() is None
+        engine.totals.close()
 
 
 def test_totals_outlive_the_process(tmp_path: Path) -> None:

@@ -88,22 +88,6 @@ MUTANTS = (
         "markers",
     ),
     Mutant(
-        9,
-        "the dead letters of a commit whose marker is missing are left without one",
-        "pipeline/worker/partition.py",
-        "        barrier = self._fence(in_letters=self._has_letters)\n",
-        "        barrier = self._fence()\n",
-        "markers",
-    ),
-    Mutant(
-        9,
-        "a start leaves dead letters without their marker",
-        "pipeline/worker/partition.py",
-        "        self._fence(in_letters=self._is_letter_unreadable())\n",
-        "        self._fence()\n",
-        "markers",
-    ),
-    Mutant(
         4,
         "a position counts wherever it stands",
         "pipeline/core/owners.py",

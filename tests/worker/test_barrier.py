@@ -410,3 +410,14 @@ def test_a_store_of_a_history_that_is_gone(world: _World, longer: int) -> None:
     with pytest.raises(StoreAhead):
         world.owner(stores)
     assert series_of(world.owner(stores, accept_loss=True).store) == expected
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+def test_a_start_writes_a_marker_to_unreadable_dead_letters(world: _World, is_open: bool) -> None:
+    """A start that finds dead letters behind an open transaction writes a record with a marker of its own there."""
+    two_commits(world)
+    if is_open:
+        world.log.leave_open([Message(DEAD_LETTERS, 0, b"0-1", b"a letter")])
+    world.owner()
+    keys = [row.key for row in world.log.partition(DEAD_LETTERS, 0).rows]
+    assert keys == ([b"0-1", no_letter_key(0)] if is_open else [])
