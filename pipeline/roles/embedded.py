@@ -60,13 +60,7 @@ class Engine:
         worker, query = worker_settings or WorkerSettings(), query_settings or QuerySettings()
         try:
             self.log = EmbeddedLog(
-                self._data.log,
-                described,
-                log_settings,
-                self.clock,
-                metrics,
-                self._fail,
-                accept_loss=worker.accept_loss,
+                self._data.log, described, log_settings, self.clock, metrics, self._fail, accept_loss=worker.accept_loss
             )
         except BaseException:
             self._data.close()

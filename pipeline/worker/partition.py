@@ -33,16 +33,7 @@ from pipeline.core.record import (
 )
 from pipeline.core.task import Task
 from pipeline.core.transitions import next_state
-from pipeline.errors import (
-    BadRecord,
-    Displaced,
-    LogCorrupt,
-    NotReady,
-    PipelineError,
-    RecordsLost,
-    StoreCorrupt,
-    Unreadable,
-)
+from pipeline.errors import BadRecord, Displaced, LogCorrupt, NotReady, PipelineError, RecordsLost, StoreCorrupt, Unreadable
 from pipeline.metrics import NO_METRICS, Metrics
 from pipeline.ports import Clock, Log, Message, MessageRun, ReadableStore, Store, Stores, Transaction
 from pipeline.settings import WorkerSettings

@@ -178,7 +178,7 @@ def test_unusual_numbers_count_as_well(kind: str, column: list[bytes]) -> None:
 
 
 def test_a_series_that_is_new_needs_no_lookup() -> None:
-    """Of a definition that began with this task, or was reset, the store is asked for nothing that it does not have."""
+    """The store is asked for no key that it lacks, of a definition that began with this task or was reset."""
     shell = Shell(TaskLimits(cache_entries_max=0))
     for i in range(3):
         shell.fold(batch(2 * i, group(WIDE, {(f"{i}", "b"): 1})))
