@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -27,7 +28,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-EXAMPLES = 100 if LONG else 25
+EXAMPLES = 100 if LONG else 15
 settings.register_profile("local", deadline=None, max_examples=EXAMPLES)
 settings.register_profile("ci", deadline=None, max_examples=EXAMPLES, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
@@ -37,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--seeds",
         type=int,
-        default=300 if LONG else 200,
+        default=300 if LONG else 120,
         metavar="N",
         help="seeds the simulator runs in all (default: %(default)s)",
     )
@@ -53,6 +54,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     config.hook.pytest_deselected(items=[item for item in items if is_left_out(item)])
     items[:] = _interleaved([item for item in items if not is_left_out(item)])
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from looking again and again at what stays loaded to the end."""
+    gc.collect()
+    gc.freeze()
 
 
 def _interleaved(items: list[pytest.Item]) -> list[pytest.Item]:

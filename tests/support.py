@@ -33,7 +33,7 @@ hypothesis tries fewer examples.
 
 def examples(long_count: int) -> int:
     """Return the number of hypothesis examples for a test that deserves `long_count` in a long run."""
-    return long_count if LONG else max(15, long_count // 3)
+    return long_count if LONG else max(10, long_count // 5)
 
 
 READY_S = 60.0

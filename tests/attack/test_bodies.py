@@ -116,6 +116,7 @@ def test_large_requests_keep_small_ones_waiting_for_little(up: UpProcess, count:
     bystander.check(grown_bytes_max=500 * MB, rounds_min=2)
 
 
+@pytest.mark.long
 def test_large_bodies_in_memory_leave_room_for_small_ones(up: UpProcess) -> None:
     """Large bodies that stall before their end hold no more than their part of the memory: small ones are taken."""
     head = (

@@ -224,6 +224,7 @@ def test_links_of_other_sites_lead_to_the_page(victim: UpProcess, page: Page, si
     expect(page.locator("tr", has_text="good")).to_contain_text("7")
 
 
+@pytest.mark.long
 def test_pages_of_allowed_origins_write_and_read(page: Page, site: int) -> None:
     """A page whose origin is in `cors_origins` writes with a key, and reads answers and headers; another is refused."""
     world = World(settings=QuerySettings(cors_origins=f"http://friend.test:{site}"))

@@ -166,6 +166,7 @@ def same_logging(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[No
     root.setLevel(level)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("same_logging")
 def test_a_url_with_a_password_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """Every option for a URL refuses one with a password, and does not repeat it."""

@@ -120,6 +120,7 @@ def test_killed_at_random(app: App, tmp_path: Path) -> None:
     seen.check_order()
 
 
+@pytest.mark.long
 @pytest.mark.timeout(180)
 def test_moved(app: App, tmp_path: Path) -> None:
     """A second worker goes on where the first got to, in order or after kill -9; a new agent gets all changes."""

@@ -56,8 +56,8 @@ def test_parts_are_one_server(app: App, tmp_path: Path) -> None:
     ("arguments", "text"),
     [
         (("--partitions", "0-4"), "there is no partition 4; topic deltas has 4"),
-        (("--partitions", "5-2"), "no partition is in it"),
-        (("--partitions", "x"), "numbers and ranges are needed"),
+        pytest.param(("--partitions", "5-2"), "no partition is in it", marks=pytest.mark.long),
+        pytest.param(("--partitions", "x"), "numbers and ranges are needed", marks=pytest.mark.long),
         (("--partitions", "0", "--ingest"), "a gateway checks what it takes against the state of all partitions"),
     ],
 )

@@ -177,6 +177,7 @@ def test_all_roles(secured: Secured, tmp_path: Path, mechanism: str) -> None:
             assert CLIENT_SECRET not in it.program.stderr()
 
 
+@pytest.mark.long
 def test_what_is_wrong_is_said(secured: Secured, tmp_path: Path) -> None:
     """A wrong secret, an expired token and an unknown authority are Invalid, with words that show no secret."""
     secured.endpoint.lifetime_s = 3600

@@ -164,6 +164,7 @@ def test_static_restart(topics: App) -> None:
             assert time.monotonic() - began_s < LONG_SESSION_S * 0.8  # asked to leave, a static member does
 
 
+@pytest.mark.long
 def test_static_leader_restart(topics: App) -> None:
     """A leader that is killed and back within the session keeps its partitions, and no other member is called."""
     with Outside(topics, "a", **LONG_SESSION) as one:

@@ -304,6 +304,7 @@ def test_records_of_strangers_are_counted_and_left_alone(data: Path, here: Here)
         assert total(process, "good") == 10
 
 
+@pytest.mark.long
 def test_large_letters(tmp_path: Path, here: Here) -> None:
     """Letters of many MB are listed, shown in part, and replayed."""
     data = tmp_path / "data"

@@ -27,6 +27,7 @@ def test_the_log_survives_kill_9(tmp_path: Path, how: str, rounds: int) -> None:
     assert count > 20 * rounds, "they were killed before they did anything"
 
 
+@pytest.mark.long
 def test_a_store_survives_kill_9_as_it_once_was(tmp_path: Path) -> None:
     """A store may lose its newest writes, but only whole ones, and does not lose everything for ever."""
     rng = random.Random(6)

@@ -35,6 +35,7 @@ def test_rust_is_formatted() -> None:
     cargo("fmt", "--check")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 def test_clippy_finds_nothing() -> None:
     """`cargo clippy` finds nothing, and its warnings are errors."""

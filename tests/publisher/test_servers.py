@@ -22,9 +22,9 @@ CELERY = [sys.executable, "-m", "celery"]
     [
         ("", 22),
         ("--preload --max-requests 15", 11),
-        ("-k gthread --threads 4 --preload", 11),
+        pytest.param("-k gthread --threads 4 --preload", 11, marks=pytest.mark.long),
         ("-k gevent", 22),
-        ("-k gevent --preload", 11),
+        pytest.param("-k gevent --preload", 11, marks=pytest.mark.long),
     ],
 )
 def test_gunicorn_is_exact(tmp_path: Path, free_port: int, options: str, boot: int) -> None:

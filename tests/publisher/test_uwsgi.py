@@ -24,13 +24,13 @@ def serve(folder: Path, port: int, *options: str, **more: str) -> Server:
     ("options", "workers", "boot"),
     [
         ("", 2, 11),
-        ("--py-call-osafterfork", 2, 11),
+        pytest.param("--py-call-osafterfork", 2, 11, marks=pytest.mark.long),
         ("--py-call-uwsgi-fork-hooks --threads 2", 2, 11),
         ("--max-requests 15 --min-worker-lifetime 0", 3, 11),
-        ("--skip-atexit-teardown", 2, 11),
+        pytest.param("--skip-atexit-teardown", 2, 11, marks=pytest.mark.long),
         ("--lazy-apps", 2, 22),
         ("--gevent 10 --gevent-monkey-patch", 2, 11),
-        ("--processes 1", 1, 11),
+        pytest.param("--processes 1", 1, 11, marks=pytest.mark.long),
     ],
 )
 def test_what_it_forks_counts_all(tmp_path: Path, free_port: int, options: str, workers: int, boot: int) -> None:

@@ -213,7 +213,13 @@ def slow() -> Iterator[Server]:
         yield server
 
 
-@pytest.mark.parametrize("what", ANSWERS)
+@pytest.mark.parametrize(
+    "what",
+    [
+        it if it in ("a scan", "groups", "a compressed answer") else pytest.param(it, marks=pytest.mark.long)
+        for it in ANSWERS
+    ],
+)
 def test_work_ends_when_its_client_has_gone(slow: Server, what: str) -> None:
     """A scan, or an answer that is being made, ends soon after its client has gone, long before its time is over."""
     method, path, body = ANSWERS[what]
