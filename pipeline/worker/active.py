@@ -272,8 +272,11 @@ class ActivePartition:
         self._due_s, self._is_clean = _AT_ONCE_S, False
 
     def schedule(self, due_s: float) -> None:
-        """Note when to commit what was folded, if that is not known yet; forget it if there is nothing to commit."""
-        if self._is_clean:
+        """Note when to commit what was folded, if that is not known yet; forget it if there is nothing to commit.
+
+        A flush stays asked for while a commit is under way: what that commit writes is not durable yet.
+        """
+        if self._is_clean or (self.is_committing and self._due_s == _AT_ONCE_S):
             return
         if not self.partition.task.dirty:
             self._due_s, self._is_clean = None, True

@@ -17,8 +17,10 @@ import pipeline.metrics as m
 from pipeline.core import codec
 from pipeline.core.owners import is_owner_of, is_placed_at
 from pipeline.core.record import FENCE_KEY, POSITION_KEY, TAG_DEFINITION, TAG_PRODUCER, TAG_SERIES, Position, Records
-from pipeline.errors import BadRecord, NewerFormat
+from pipeline.errors import BadRecord, NewerFormat, Unavailable
 from pipeline.metrics import NO_METRICS, Metrics
+from pipeline.ports import Log
+from pipeline.topics import DEAD_LETTERS
 
 _log = logging.getLogger(__name__)
 _ENTRY_TAGS = frozenset(tag[0] for tag in (TAG_DEFINITION, TAG_SERIES, TAG_PRODUCER))
@@ -37,6 +39,19 @@ class Barrier(NamedTuple):
 
     offset: int
     owner_id: str
+
+
+def hides_letters(log: Log, partition: int) -> bool:
+    """Return whether dead letters of a partition stand behind an open transaction, which none of a fenced owner's is.
+
+    False if the log does not tell, as while any partition of their topic has no leader: a start goes on without them.
+    """
+    try:
+        high = log.high_watermarks(DEAD_LETTERS)  # first: it must not be newer than the last stable offset
+        return log.watermarks(DEAD_LETTERS, partition).end_offset < high.get(partition, 0)
+    except Unavailable as error:
+        _log.warning("partition %d: whether all its dead letters can be read is not known: %s", partition, error)
+        return False
 
 
 class Foreign:

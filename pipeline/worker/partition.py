@@ -41,7 +41,7 @@ from pipeline.topics import CHANGELOG, DEAD_LETTERS, DELTAS
 from pipeline.worker.covered import check_recoverable, find_traces, foreign_keys
 from pipeline.worker.figures import Figures
 from pipeline.worker.follower import StoreMeta, check_order, read_position, write_entries
-from pipeline.worker.foreign import Barrier
+from pipeline.worker.foreign import Barrier, hides_letters
 from pipeline.worker.history import LastRecord, last_common, what_is_gone, why_lost
 from pipeline.worker.lookups import ProducerSweep, look_up
 from pipeline.worker.restore import RestoreProgress, StoreOpener, check_restorable, restore
@@ -157,7 +157,7 @@ class OwnedPartition:
         self._step(StageEvent.OWN)
         self._transaction = self._log.transaction(f"{self._app}-{self.number}")
         self._owner_id = owner_id(self._app, self.number, self._clock.new_id(), self._name)
-        self._fence(in_letters=self._is_letter_unreadable())
+        self._fence(in_letters=hides_letters(self._log, self.number))
         self._topic_id = self._log.topic_id(CHANGELOG)
         self._store = self._opener.open(self.number, lambda store: self._restore(store, progress, stopping), stopping)
         self._check_covered(stopping)
@@ -178,11 +178,6 @@ class OwnedPartition:
         self._begin = end + self._right.marker_count
         self._barrier = Barrier(end - 1, self._owner_id)
         return self._barrier
-
-    def _is_letter_unreadable(self) -> bool:
-        """Return whether dead letters stand behind an open transaction, which none of an owner's is by now."""
-        high = self._log.high_watermarks(DEAD_LETTERS)  # first: it must not be newer than the last stable offset
-        return self._log.watermarks(DEAD_LETTERS, self.number).end_offset < high.get(self.number, 0)
 
     @property
     def _right(self) -> Transaction:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from itertools import chain
 
 import pytest
@@ -25,7 +26,7 @@ from pipeline.core.record import (
     series_prefix,
     series_suffix,
 )
-from pipeline.errors import RecordsLost, StoreAhead, StoreCorrupt
+from pipeline.errors import RecordsLost, StoreAhead, StoreCorrupt, Unavailable
 from pipeline.ports import Message
 from pipeline.query.dead_letters import DeadLetters, LetterFilter
 from pipeline.settings import WorkerSettings
@@ -305,6 +306,25 @@ def test_dead_letters_whose_marker_is_left_out(world: _World) -> None:
     assert letters.get(line.key)
     assert letters.listing(LetterFilter(), 10).foreign_count == 0
     assert [it.result for it in letters.replay(LetterFilter(), limit=9, timeout_s=1).outcomes] == ["not replayed"]
+
+
+def test_a_start_without_dead_letters(
+    world: _World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An owner starts, and commits, while a partition of the dead letters has no leader; it writes nothing to them."""
+    ask = world.log.high_watermarks
+
+    def high_watermarks(topic: str) -> Mapping[int, int]:
+        if topic == DEAD_LETTERS:
+            raise Unavailable("offsets of dead-letters-7: its leader does not answer")
+        return ask(topic)
+
+    monkeypatch.setattr(world.log, "high_watermarks", high_watermarks)
+    owner = world.new_owner()
+    world.commit(b=1)
+    assert series_of(owner.store) == {"a": 2, "b": 3}
+    assert not world.log.partition(DEAD_LETTERS, 0).rows
+    assert [it.levelname for it in caplog.records if "dead-letters-7" in it.message] == ["WARNING"]
 
 
 def test_a_record_in_the_place_of_a_marker(world: _World) -> None:
