@@ -12,6 +12,7 @@ import pipeline.adapters.kafka.transaction as transaction_module
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.kafka.errors import CODES, Verdict, code_of, describe, translate, verdict_of
 from pipeline.adapters.kafka.log import KafkaLog
+from pipeline.adapters.kafka.metadata import _Known
 from pipeline.adapters.kafka.options import reader_options
 from pipeline.adapters.kafka.reader import KafkaReader
 from pipeline.adapters.kafka.writer import KafkaLogWriter
@@ -606,3 +607,16 @@ def test_a_leader_that_goes_tells_no_offsets() -> None:
             assert log.watermarks("deltas", 1) == (0, 0)
         finally:
             log.close()
+
+
+def test_an_order_goes_to_a_partition_that_was_just_added(mock: MockCluster) -> None:
+    """High watermarks name every partition that there is, also one that a count of a moment ago lacks."""
+    mock.create("grown", 2)
+    log = KafkaLog(address(mock), KafkaSettings(), SystemClock())
+    try:
+        log._metadata._known["grown"] = _Known(
+            1, SystemClock().monotonic_s() + 60
+        )  # of a moment ago, for as long as it takes
+        assert log.high_watermarks("grown") == {0: 0, 1: 0}
+    finally:
+        log.close()

@@ -169,10 +169,15 @@ class _Failing:
 
     def __init__(self) -> None:
         self.next_offset = self.calls = 0
+        self.epochs: list[int | None] = []
 
     def assign(self, places: list[TopicPartition]) -> None:
         """Go on from an offset."""
         self.next_offset = places[0].offset
+        self.epochs.append(places[0].leader_epoch)
+
+    def seek(self, place: TopicPartition) -> None:
+        """Do nothing: `assign` has gone there."""
 
     def consume(self, count: int, _: float) -> list[KafkaMessage]:
         """Return the next messages."""
@@ -181,7 +186,7 @@ class _Failing:
             raise KafkaException(KafkaError(KafkaError._FAIL, "it fails once"))
         offsets = range(self.next_offset, min(self.next_offset + count, 2_000))
         self.next_offset = offsets.stop
-        return [KafkaMessage("deltas", 0, it, None, b"value", timestamp=(1, 5)) for it in offsets]
+        return [KafkaMessage("deltas", 0, it, None, b"value", timestamp=(1, 5), leader_epoch=7) for it in offsets]
 
     def poll(self, _: float) -> None:
         """Wait for nothing."""
@@ -206,3 +211,6 @@ def test_a_call_that_fails_within_a_poll_loses_nothing() -> None:
         (records,) = reader.poll(record_count_max=2_000, bytes_max=2**20, timeout_s=0.1)
     assert (failing.calls, records.next_offset, [*records.offsets]) == (7, 2_000, [*range(2_000)])
     assert {*records.at_ms} == {5}
+    assert (failing.epochs, records.leader_epoch) == ([None, None], 7), (
+        "the epoch of messages that were lost counts as unread"
+    )

@@ -168,8 +168,12 @@ class KafkaLog:
         return self._ask_offsets(self._places(topic), OffsetSpec.latest())
 
     def high_watermarks(self, topic: str) -> Mapping[int, int]:
-        """Return what `end_offsets` does as read_uncommitted sees it; see `ports.LogWriter`."""
-        return self._ask_offsets(self._places(topic), OffsetSpec.latest(), IsolationLevel.READ_UNCOMMITTED)
+        """Return what `end_offsets` does as read_uncommitted sees it; see `ports.LogWriter`.
+
+        The partition count is asked anew: an order goes to all partitions that this names.
+        """
+        places = self._some(topic, range(self._metadata.ask(topic, min(self._timeout_s, _ATTEMPT_S))))
+        return self._ask_offsets(places, OffsetSpec.latest(), IsolationLevel.READ_UNCOMMITTED)
 
     def start_offsets(self, topic: str) -> Mapping[int, int]:
         """Return the start offset of each present partition."""

@@ -37,8 +37,9 @@ AskEnds = Callable[[Iterable[int]], Mapping[int, "Future[Any]"]]
 class _Run:
     """Columns of what one poll has read of a partition so far."""
 
-    def __init__(self, next_offset: int) -> None:
+    def __init__(self, next_offset: int, leader_epoch: int) -> None:
         self.next_offset = next_offset
+        self.leader_epoch = leader_epoch
         self.offsets: list[int] = []
         self.at_ms: list[int] = []
         self.keys: list[bytes | None] = []
@@ -157,20 +158,19 @@ class KafkaReader:
             lot, size = self._lot(count_max, bytes_max, timeout_s)
             for partition, neighbours in groupby(lot, Message.partition):
                 if partition in self._next:  # else the messages are of an assignment before this one
-                    run = runs.get(partition) or runs.setdefault(partition, _Run(self._next[partition]))
-                    self._add(partition, run, [*neighbours], errors)
+                    if partition not in runs:
+                        runs[partition] = _Run(self._next[partition], self._epochs[partition])
+                    self._add(partition, runs[partition], [*neighbours], errors)
             if self._drained and not self._waiting:
                 break
             count_max, bytes_max, timeout_s = count_max - len(lot), bytes_max - size, 0.0
         out = []
         for partition, run in runs.items():
             if run.next_offset > self._next[partition]:
-                self._next[partition] = run.next_offset
+                self._next[partition], self._epochs[partition] = run.next_offset, run.leader_epoch
                 self._refused.pop(partition, None)
                 out.append(
-                    Records(
-                        partition, run.offsets, run.at_ms, run.keys, run.values, run.next_offset, self._epochs[partition]
-                    )
+                    Records(partition, run.offsets, run.at_ms, run.keys, run.values, run.next_offset, run.leader_epoch)
                 )
         if errors and not out:
             raise errors[0]
@@ -230,7 +230,7 @@ class KafkaReader:
         if messages:
             self._check_forward(partition, messages[0].offset())
             run.next_offset = max(run.next_offset, messages[-1].offset() + 1)
-            self._epochs[partition] = _epoch(messages[-1])
+            run.leader_epoch = _epoch(messages[-1])
             run.offsets += map(Message.offset, messages)
             run.at_ms += map(itemgetter(1), map(Message.timestamp, messages))
             run.keys += map(Message.key, messages)

@@ -1,4 +1,4 @@
-//! Folded states of a definition, and committed ones: what `pipeline/core/series.py` does with dicts.
+//! Folded states of a definition, and committed ones: what `pipeline/core/changes.py` and `overlay.py` do with dicts.
 
 use crate::convert::to_python;
 use crate::rows::*;
