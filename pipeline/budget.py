@@ -6,6 +6,7 @@ Long work calls `check_budget` between its slices. Its time has a bound of its o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from threading import local
 from typing import TypeVar
 
@@ -83,3 +84,17 @@ def checked(slices: Iterable[T]) -> Iterator[T]:
     for it in slices:
         check_budget()
         yield it
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let the work within go on to its end: it can't be taken back, or others wait for it. Its CPU time counts all the same.
+
+    Raises before it begins, as `check_budget` does.
+    """
+    check_budget()
+    budget, _working.budget = _working.budget, None
+    try:
+        yield
+    finally:
+        _working.budget = budget

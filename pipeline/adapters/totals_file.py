@@ -46,6 +46,10 @@ class TotalsFile:
         self._log_id = log_id
         self._now_ms = now_ms
         self._connection: sqlite3.Connection | None = None
+        self._checksums: dict[bytes, int] = {}
+        """Checksum of the row of each stream."""
+        self._checksum = 0
+        """All of them, by exclusive or: a row that is missing is noticed, too."""
 
     def load(self) -> SavedTotals | None:
         """Open the file, and return what it has; see `pushed.TotalsMemory`."""
@@ -82,31 +86,69 @@ class TotalsFile:
             raise NewerFormat(f"{self._path} has version {version}; this program reads {_VERSION}")
         if version == 0:
             connection.executescript(_TABLES)
+        if (found := connection.execute("PRAGMA integrity_check(1)").fetchall()) != [("ok",)]:
+            raise ValueError(str(found))
+        self._checksums, self._checksum = {}, 0
         states = connection.execute("SELECT value FROM state").fetchall()
-        if not states:
+        rows = connection.execute("SELECT stream, totals FROM streams ORDER BY id").fetchall()
+        if not states and not rows:
             return None
-        log_id, known_from_ns, sent = _opened(states[0][0])
-        rows = connection.execute("SELECT stream, totals FROM streams ORDER BY id")
-        known = {stream: _totals(_opened(totals)) for stream, totals in rows}
+        log_id, known_from_ns, count, checksum, sent = _opened(states[0][0])
+        known = {}
+        for stream, sealed in rows:
+            named, totals = _opened(sealed)
+            if bytes.fromhex(named) != stream or stream in known:
+                raise ValueError("a row of another stream")
+            known[stream] = _totals(totals)
+            self._note(stream, sealed)
+        if (count, checksum) != (len(known), self._checksum):
+            raise ValueError(f"{count} rows were saved, and others are there")
         return log_id, SavedTotals(known, known_from_ns, None if sent is None else _sent(sent))
+
+    def _note(self, stream: bytes, sealed: bytes | None) -> None:
+        """Note the row of a stream; None: it has none."""
+        self._checksum ^= self._checksums.pop(stream, 0)
+        if sealed is not None:
+            self._checksums[stream] = checksum = crc32(sealed)
+            self._checksum ^= checksum
 
     def save(self, changes: Mapping[bytes, StreamTotals | None], known_from_ns: int, sent: SentIncreases | None) -> None:
         """Save all of this, or nothing; see `pushed.TotalsMemory`."""
         connection = self._connection
         if connection is None:
             raise Unavailable(f"{self._path} is closed")
-        state = self._log_id, known_from_ns, None if sent is None else _sent_parts(sent)
+        rows = {stream: None if it is None else _sealed([stream.hex(), _parts(it)]) for stream, it in changes.items()}
+        before = {stream: self._checksums.get(stream) for stream in changes}, self._checksum
+        for stream, sealed in rows.items():
+            self._note(stream, sealed)
+        state = (
+            self._log_id,
+            known_from_ns,
+            len(self._checksums),
+            self._checksum,
+            None if sent is None else _sent_parts(sent),
+        )
         try:
             connection.execute("BEGIN IMMEDIATE")
             connection.executemany("DELETE FROM streams WHERE stream = ?", [(stream,) for stream in changes])
-            rows = [(stream, _sealed(_parts(it))) for stream, it in changes.items() if it is not None]
-            connection.executemany("INSERT INTO streams (stream, totals) VALUES (?, ?)", rows)
+            present = [(stream, sealed) for stream, sealed in rows.items() if sealed is not None]
+            connection.executemany("INSERT INTO streams (stream, totals) VALUES (?, ?)", present)
             connection.execute("INSERT OR REPLACE INTO state VALUES (1, ?)", (_sealed(state),))
             connection.execute("COMMIT")
         except sqlite3.Error as error:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
+            self._restore(*before)
             raise Unavailable(f"{self._path}: {error}") from None
+
+    def _restore(self, checksums: Mapping[bytes, int | None], checksum: int) -> None:
+        """Note the rows as they were before changes that were not saved."""
+        for stream, before in checksums.items():
+            if before is None:
+                self._checksums.pop(stream, None)
+            else:
+                self._checksums[stream] = before
+        self._checksum = checksum
 
     def close(self) -> None:
         """Close the file. Idempotent."""

@@ -19,10 +19,11 @@ import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from hashlib import sha256
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 import pipeline.metrics as m
+from pipeline.budget import uninterrupted
 from pipeline.core.distribution import Distribution
 from pipeline.core.grants import Bounds
 from pipeline.core.token import Token
@@ -52,14 +53,15 @@ class RunningTotals:
         streams_max: int,
         memory: TotalsMemory | None = None,
         *,
-        resend_ms: int = 0,
+        resend_ms: float = inf,
         metrics: Metrics = NO_METRICS,
     ) -> None:
-        """Increases that are not older than `resend_ms` can be sent again after a restart."""
+        """Increases that are older than `resend_ms` are not sent again: tasks may have forgotten their key."""
         self._ingest = ingest
         self._clock = clock
         self._streams_max = streams_max
         self._memory = memory
+        self._resend_ms = resend_ms
         self._metrics = metrics
         self._lock = threading.Lock()
         saved = memory.load() if memory is not None else None
@@ -68,10 +70,6 @@ class RunningTotals:
         """Changes of what is known since it was saved."""
         if saved is None:
             self._save(None)
-        elif self._sent is not None and clock.now_ms() - self._sent.at_ms > resend_ms:
-            _log.warning("%s increases of totals are too old to be sent again; they may be lost", len(self._sent.deltas))
-            self._learn(self._sent)
-            self._sent = None
         metrics.set(m.TOTAL_STREAMS, len(self._known))
 
     def _save(self, sent: SentIncreases | None) -> None:
@@ -84,15 +82,28 @@ class RunningTotals:
         if not self._lock.acquire(timeout=_WAIT_S):
             raise Unavailable("other totals are being published")
         try:
-            done = Token(), list[Refusal]()
-            if (unsure := self._sent) is not None:
-                again = self._send(unsure)
-                done = again if unsure.key == key else done
+            with uninterrupted():  # of what is sent before others, no request may pay only a part
+                done = self._send_again(key)
             sent, refused = self._increases(totals, key, bounds)
-            token, unfit = self._send(sent)
+            with uninterrupted():
+                token, unfit = self._send(sent)
             return token if token.next_offsets else done[0], done[1] + refused + unfit
         finally:
             self._lock.release()
+
+    def _send_again(self, key: RequestKey) -> tuple[Token, list[Refusal]]:
+        """Send the increases whose outcome is not known; return what `_send` does if they are those of this request."""
+        nothing = Token(), list[Refusal]()
+        unsure = self._sent
+        if unsure is None:
+            return nothing
+        if self._clock.now_ms() - unsure.at_ms > self._resend_ms:
+            _log.warning("%s increases of totals are too old to be sent again; they may be lost", len(unsure.deltas))
+            self._sent = None
+            self._learn(unsure)
+            return nothing
+        again = self._send(unsure)
+        return again if unsure.key == key else nothing
 
     def _increases(
         self, totals: Sequence[RunningTotal], key: RequestKey, bounds: Bounds | None
@@ -151,6 +162,9 @@ class RunningTotals:
                 refused = [Refusal(line, "refused", f"not known whether it counts: {error}") for line in {*sent.lines}]
         self._sent = None
         self._learn(sent)
+        if sent.known and not sent.deltas:
+            with suppress(Unavailable):  # else it is saved with the next increases
+                self._save(None)
         return token, refused
 
     def _learn(self, sent: SentIncreases) -> None:

@@ -171,6 +171,10 @@ class RequestBodies:
         return Refused(413, f"a body of over {self._bytes_max} bytes")
 
 
+class TooLargeUnzipped(Refused):
+    """The body is too large once it is decompressed."""
+
+
 def unzipped(body: bytes, bytes_max: int) -> bytes:
     """Return what gzip has compressed; `Refused` if it is more than `bytes_max` bytes, or no such thing."""
     unzip = decompressobj(wbits=31)
@@ -179,7 +183,7 @@ def unzipped(body: bytes, bytes_max: int) -> bytes:
     except ZlibError as error:
         raise Refused(400, f"the body is not what gzip makes: {error}") from None
     if len(found) > bytes_max:
-        raise Refused(413, f"a body of over {bytes_max} bytes once it is decompressed")
+        raise TooLargeUnzipped(413, f"a body of over {bytes_max} bytes once it is decompressed")
     if not unzip.eof or unzip.unused_data:
         raise Refused(400, "the body is not one whole file of gzip")
     return found

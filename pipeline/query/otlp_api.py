@@ -22,7 +22,7 @@ from pipeline.left_out import LeftOut
 from pipeline.metrics import Metrics
 from pipeline.ports import Ingest, Refusal, RequestKey
 from pipeline.pushed import Pushed, TotalsPublisher
-from pipeline.query.bodies import OTLP_TYPES, BodyRoom, RequestBodies, unzipped
+from pipeline.query.bodies import OTLP_TYPES, BodyRoom, RequestBodies, TooLargeUnzipped, unzipped
 from pipeline.query.fairness import FairTurns, is_gone_of, writer_of
 from pipeline.query.guard import note_refusal
 from pipeline.query.idempotency import path_within
@@ -121,8 +121,8 @@ class Exports:
         small = min(most, _EXPANDED_MAX)
         try:
             return await room.work(request, body, threads, lambda: take(unzipped(body, small)))
-        except Refused as error:
-            if error.status != 413 or small == most:
+        except TooLargeUnzipped:
+            if small == most:
                 raise
         return await room.work(request, body, threads, lambda: take(unzipped(body, most)), large=True)
 
@@ -142,8 +142,9 @@ class Exports:
             next_offsets.update(token.next_offsets)
             refused += unfit
         added = [i for i, it in enumerate(pushed.deltas) if it.kind != "last"]
-        newest = [i for i, it in enumerate(pushed.deltas) if it.kind == "last"]  # a repeat of them changes nothing
-        for numbers, key in ((added, RequestKey(path, "deltas", digest)), (newest, None)):
+        newest = [i for i, it in enumerate(pushed.deltas) if it.kind == "last"]
+        # A repeat of the newest changes nothing, and one of totals neither: no error comes behind what can count twice.
+        for numbers, key in ((newest, None), (added, RequestKey(path, "deltas", digest))):
             if numbers:
                 token, unfit = self._ingest.fitting([pushed.deltas[i] for i in numbers], key, bounds)
                 next_offsets.update(token.next_offsets)

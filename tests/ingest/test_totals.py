@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import sqlite3
+from collections import Counter
+from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,14 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.adapters.totals_file import TotalsFile
+from pipeline.budget import Budget, Spent, check_budget
 from pipeline.core.distribution import ExponentialBuckets, distribution_of
 from pipeline.core.grants import Bounds
 from pipeline.core.token import Token
-from pipeline.errors import Invalid, NewerFormat, Unavailable
+from pipeline.errors import Invalid, NewerFormat, PipelineError, Unavailable
 from pipeline.ingest.totals import RunningTotals
 from pipeline.ports import RawDelta, RequestKey
 from pipeline.pushed import RunningTotal, SavedTotals, SentIncreases, StreamTotals
-from tests.support import HandClock, examples
+from tests.support import LONG, HandClock, examples
 
 
 class Killed(BaseException):
@@ -32,12 +36,21 @@ class Log:
     def __init__(self) -> None:
         self.counted: dict[RequestKey, Any] = {}
         self.end = ""
+        self.checks = False
+        self._forgotten = 0
+
+    def forget(self) -> None:
+        """Forget all keys, and nothing that was counted."""
+        self._forgotten += sum(self.counted.values())
+        self.counted = {}
 
     def fitting(self, deltas: Any, key: Any, bounds: Any) -> Any:
         if self.end == "refused":
             raise Invalid("no room")
         if self.end in ("before", "away before"):
             raise Killed if self.end == "before" else Unavailable("away")
+        for _ in range(10 if self.checks else 0):
+            check_budget()
         total = sum(delta.value for delta in deltas)
         assert self.counted.setdefault(key, total) == total
         if self.end in ("after", "away after"):
@@ -46,7 +59,7 @@ class Log:
 
     @property
     def total(self) -> int:
-        return sum(self.counted.values())
+        return self._forgotten + sum(self.counted.values())
 
 
 class File(TotalsFile):
@@ -207,6 +220,103 @@ def test_a_file_that_can_not_be_used(tmp_path: Path, what: str) -> None:
     assert log.total == 5 + 1
     assert len([*tmp_path.glob("totals.db.lost-*")]) == 1
     assert path.stat().st_mode & 0o777 == 0o600
+    process.file.close()
+
+
+def test_no_damage_is_silent(tmp_path: Path) -> None:
+    """A file with one damaged bit has all totals as they were, is kept aside, or ends the start with words."""
+    rng, found = random.Random(5), Counter[str]()
+    known = {sha256(b"%d" % i).digest(): StreamTotals(i, i, (i,)) for i in range(60)}
+    saved = SavedTotals(known, 7, None)
+    file = TotalsFile(tmp_path / "totals.db", "log", lambda: 0)
+    assert file.load() is None
+    file.save(known, 7, None)
+    file.close()
+    whole = (tmp_path / "totals.db").read_bytes()
+    for number in range(2_000 if LONG else 200):
+        damaged = bytearray(whole)
+        # Half of them in the heads of pages, which say how many rows there are and where.
+        at = rng.randrange(len(whole)) if number % 2 else rng.randrange(len(whole) // 4_096) * 4_096 + rng.randrange(12)
+        damaged[at] ^= 1 << rng.randrange(8)
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "totals.db").write_bytes(damaged)
+        file = TotalsFile(folder / "totals.db", "log", lambda: 0)
+        try:
+            there = file.load()
+        except PipelineError:
+            found["refused"] += 1
+        else:
+            found["right" if there == saved else "aside"] += 1
+            assert there in (saved, None)
+        finally:
+            file.close()
+    assert found["right"] > 0
+    assert found["aside"] > 0
+
+
+def test_what_is_learned_without_increases_is_saved(tmp_path: Path) -> None:
+    """A first total that is refused is what the next one counts from, after a restart, too; so is one that has fallen."""
+    log, clock = Log(), HandClock()
+    process = Process(log, tmp_path, clock)
+    assert process.publish(100, 1, 5) == ["baseline"]
+    process.file.close()
+    process = Process(log, tmp_path, clock)
+    assert process.publish(110, 2, 5) == []
+    assert process.publish(10, 3, 5) == ["falls"]
+    process.file.close()
+    process = Process(log, tmp_path, clock)
+    assert process.publish(120, 4, 5) == []
+    assert log.total == 10 + 110
+    process.file.close()
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_increases_are_not_sent_again_once_their_key_may_be_forgotten(tmp_path: Path, restarts: bool) -> None:
+    """Increases that were sent without an answer are lost rather than doubled, if nothing comes for too long."""
+    log, clock = Log(), HandClock()
+    start = now_ns(clock) + 1
+    process = Process(log, tmp_path, clock)
+    log.end = "away after"
+    with pytest.raises(Unavailable):
+        process.publish(5, 1, start)
+    log.end = ""
+    log.forget()
+    clock.s += 2
+    if restarts:
+        process.file.close()
+        process = Process(log, tmp_path, clock)
+    assert process.publish(7, 2, start) == []
+    assert log.total == 7
+    process.file.close()
+
+
+class Working(HandClock):
+    """A clock by which a thread works for 10 ms between two looks at its CPU time."""
+
+    cpu_s = 0.0
+
+    def thread_cpu_s(self) -> float:
+        self.cpu_s += 0.01
+        return self.cpu_s
+
+
+def test_a_request_without_budget_leaves_nothing_to_others(tmp_path: Path) -> None:
+    """A request ends for want of CPU time before its increases are saved, or not at all: no other pays for it."""
+    log, clock = Log(), Working()
+    start = now_ns(clock) + 1
+    process = Process(log, tmp_path, clock)
+    log.checks = True
+
+    def within(cpu_ms_max: int, value: int, at: int) -> list[str]:
+        budget = Budget(clock, cpu_ms_max, lambda: Invalid("used up"), Spent())
+        return budget.work(lambda: process.publish(value, at, start))
+
+    with pytest.raises(Invalid, match="used up"):
+        within(15, 5, 1)
+    assert within(45, 6, 2) == []
+    assert within(45, 7, 3) == []
+    assert log.total == 7
     process.file.close()
 
 

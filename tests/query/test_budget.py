@@ -251,3 +251,29 @@ def test_an_answer_goes_on_while_somebody_waits_for_it(slow: Server) -> None:
         client.close()
         assert len(other.result().json()["series"]) == 12_000
     assert b'pipeline_answers_total{how="joined"} 1.0' in slow.request("GET", "/metrics").body
+
+
+@pytest.mark.parametrize("looks", range(2, 9, 2))
+def test_what_is_refused_can_be_sent_in_parts(looks: int) -> None:
+    """An export that is refused for its CPU time has counted nothing of what a smaller one would count again."""
+    clock = Spinning(0.0)
+    point = {"timeUnixNano": "2000000000", "startTimeUnixNano": "1000000000", "asInt": "5"}
+    metrics: list[dict[str, Any]] = [
+        {"name": "hits", "sum": {"dataPoints": [point], "aggregationTemporality": 1, "isMonotonic": True}},
+        {"name": "level", "gauge": {"dataPoints": [point]}},
+    ]
+    world = World(1, clock=clock, settings=QuerySettings(cpu_ms_max=looks * 1_000 + 500))
+    with serving(world) as server:
+
+        def export(step_s: float, *sent: dict[str, Any]) -> int:
+            clock.step_s = step_s
+            body = json.dumps({"resourceMetrics": [{"scopeMetrics": [{"metrics": sent}]}]}).encode()
+            status = server.request("POST", "/v1/metrics", body, {"Content-Type": "application/json"}).status
+            clock.step_s = 0.0
+            return status
+
+        if export(1.0, *metrics) == 413:
+            assert [export(0.0, it) for it in metrics] == [200, 200]
+        world.fold()
+        answer = server.request("GET", "/v1/views/hits?by=").json()
+        assert [it["value"] for it in answer["series"]] == [5]
