@@ -13,6 +13,8 @@ _log = logging.getLogger(__name__)
 _STORE_MAX = 256
 _LEAST = 20
 """RocksDB takes no fewer."""
+HOW_TO_RAISE = "raise the limit (ulimit -n, LimitNOFILE= of systemd, --ulimit nofile= of Docker)"
+"""Advice for a limit on open files that is too low."""
 
 
 def files_limit() -> int:
@@ -30,9 +32,8 @@ def files_of_store(limit: int, store_count: int) -> int:
     share = limit * 3 // 8 // max(store_count, 1) if limit else _STORE_MAX
     if share < _LEAST:
         _log.warning(
-            "%d stores of RocksDB may need %d open files, and this process may open %d for all it does: raise the limit "
-            "(ulimit -n, LimitNOFILE= of systemd, --ulimit nofile= of Docker)",
-            *(store_count, store_count * _LEAST, limit),
+            "%d stores of RocksDB may need %d open files, and this process may open %d for all it does: %s",
+            *(store_count, store_count * _LEAST, limit, HOW_TO_RAISE),
         )
     return max(_LEAST, min(_STORE_MAX, share))
 

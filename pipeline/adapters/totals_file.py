@@ -12,6 +12,8 @@ import os
 import sqlite3
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import reduce
+from operator import xor
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -88,9 +90,10 @@ class TotalsFile:
             connection.executescript(_TABLES)
         if (found := connection.execute("PRAGMA integrity_check(1)").fetchall()) != [("ok",)]:
             raise ValueError(str(found))
-        self._checksums, self._checksum = {}, 0
         states = connection.execute("SELECT value FROM state").fetchall()
         rows = connection.execute("SELECT stream, totals FROM streams ORDER BY id").fetchall()
+        self._checksums = {stream: crc32(sealed) for stream, sealed in rows}
+        self._checksum = reduce(xor, self._checksums.values(), 0)
         if not states and not rows:
             return None
         log_id, known_from_ns, count, checksum, sent = _opened(states[0][0])
@@ -100,17 +103,18 @@ class TotalsFile:
             if bytes.fromhex(named) != stream or stream in known:
                 raise ValueError("a row of another stream")
             known[stream] = _totals(totals)
-            self._note(stream, sealed)
         if (count, checksum) != (len(known), self._checksum):
             raise ValueError(f"{count} rows were saved, and others are there")
         return log_id, SavedTotals(known, known_from_ns, None if sent is None else _sent(sent))
 
-    def _note(self, stream: bytes, sealed: bytes | None) -> None:
-        """Note the row of a stream; None: it has none."""
-        self._checksum ^= self._checksums.pop(stream, 0)
-        if sealed is not None:
-            self._checksums[stream] = checksum = crc32(sealed)
-            self._checksum ^= checksum
+    def _summed(self, changed: Mapping[bytes, bytes | None]) -> tuple[int, int]:
+        """Return how many rows there are after changes, and the checksum of all."""
+        count, checksum = len(self._checksums), self._checksum
+        for stream, row in changed.items():
+            before, after = self._checksums.get(stream), None if row is None else crc32(row)
+            count += (after is not None) - (before is not None)
+            checksum ^= (before or 0) ^ (after or 0)
+        return count, checksum
 
     def save(self, changes: Mapping[bytes, StreamTotals | None], known_from_ns: int, sent: SentIncreases | None) -> None:
         """Save all of this, or nothing; see `pushed.TotalsMemory`."""
@@ -118,36 +122,24 @@ class TotalsFile:
         if connection is None:
             raise Unavailable(f"{self._path} is closed")
         rows = {stream: None if it is None else _sealed([stream.hex(), _parts(it)]) for stream, it in changes.items()}
-        before = {stream: self._checksums.get(stream) for stream in changes}, self._checksum
-        for stream, sealed in rows.items():
-            self._note(stream, sealed)
-        state = (
-            self._log_id,
-            known_from_ns,
-            len(self._checksums),
-            self._checksum,
-            None if sent is None else _sent_parts(sent),
-        )
+        count, checksum = self._summed(rows)
+        parts = None if sent is None else _sent_parts(sent)
+        state = self._log_id, known_from_ns, count, checksum, parts
         try:
             connection.execute("BEGIN IMMEDIATE")
             connection.executemany("DELETE FROM streams WHERE stream = ?", [(stream,) for stream in changes])
-            present = [(stream, sealed) for stream, sealed in rows.items() if sealed is not None]
+            present = [(stream, row) for stream, row in rows.items() if row is not None]
             connection.executemany("INSERT INTO streams (stream, totals) VALUES (?, ?)", present)
             connection.execute("INSERT OR REPLACE INTO state VALUES (1, ?)", (_sealed(state),))
             connection.execute("COMMIT")
         except sqlite3.Error as error:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
-            self._restore(*before)
             raise Unavailable(f"{self._path}: {error}") from None
-
-    def _restore(self, checksums: Mapping[bytes, int | None], checksum: int) -> None:
-        """Note the rows as they were before changes that were not saved."""
-        for stream, before in checksums.items():
-            if before is None:
-                self._checksums.pop(stream, None)
-            else:
-                self._checksums[stream] = before
+        for stream, row in rows.items():
+            self._checksums.pop(stream, None)
+            if row is not None:
+                self._checksums[stream] = crc32(row)
         self._checksum = checksum
 
     def close(self) -> None:

@@ -82,7 +82,7 @@ class RunningTotals:
         if not self._lock.acquire(timeout=_WAIT_S):
             raise Unavailable("other totals are being published")
         try:
-            with uninterrupted():  # of what is sent before others, no request may pay only a part
+            with uninterrupted():  # it is sent for another request, perhaps
                 done = self._send_again(key)
             sent, refused = self._increases(totals, key, bounds)
             with uninterrupted():

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-import sys
 from contextlib import suppress
 
+from pipeline.adapters.open_files import HOW_TO_RAISE, files_limit
 from pipeline.roles.connections import RESERVED_MAX
 
 _log = logging.getLogger(__name__)
@@ -17,13 +17,12 @@ _SPARE = 16
 
 def raise_limit() -> int:
     """Raise the limit on open files as far as this process may, and return it; 0 where there is none."""
-    if sys.platform == "win32":
+    soft = files_limit()
+    if not soft:
         return 0
-    import resource
+    import resource  # not on Windows, which has no limit
 
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return 0
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _RAISED_MAX if hard == resource.RLIM_INFINITY else min(hard, _RAISED_MAX)
     if soft < wanted:
         with suppress(OSError, ValueError):  # macOS has a limit below the one it states
@@ -40,7 +39,7 @@ def sockets_within(limit: int, wanted: int) -> int:
     most = max(1, most)
     _log.warning(
         "the HTTP server has at most %d connections, not sockets_max=%d: a process may open %d files, and half of them are "
-        "for databases and Kafka; raise the limit (ulimit -n, LimitNOFILE= of systemd, --ulimit nofile= of Docker)",
-        *(most, wanted, limit),
+        "for databases and Kafka; %s",
+        *(most, wanted, limit, HOW_TO_RAISE),
     )
     return most

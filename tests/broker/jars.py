@@ -7,7 +7,7 @@ import hashlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,7 +58,12 @@ def _fetch(folder: Path) -> None:
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     goal = ("dependency:copy-dependencies", "-DincludeScope=runtime", f"-DoutputDirectory={part / 'lib'}")
-    command = [need("mvn"), "-q", "-B", "-f", str(POM), *goal]
+    fetch([need("mvn"), "-q", "-B", "-f", str(POM), *goal], f"mvn could not fetch Kafka's jars ({INSTALL})")
+    part.rename(folder)
+
+
+def fetch(command: Sequence[str], failed: str) -> None:
+    """Run a command that installs or fetches something; raise `Missing` with the end of its output if it fails."""
     try:
         subprocess.run(
             command,
@@ -69,6 +74,5 @@ def _fetch(folder: Path) -> None:
             check=True,
             timeout=FETCH_S,
         )
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        raise Missing(f"mvn could not fetch Kafka's jars ({INSTALL}): {str(error.output)[-2000:]}") from None
-    part.rename(folder)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise Missing(f"{failed}: {str(getattr(error, 'output', error))[-2000:]}") from None

@@ -15,6 +15,7 @@ from confluent_kafka import Producer
 
 from pipeline.adapters.clock import SystemClock
 from pipeline.adapters.kafka.options import Address, parse_url, transaction_options
+from pipeline.adapters.kafka.reader import KafkaReader
 from pipeline.adapters.kafka.transaction import KafkaTransaction
 from pipeline.ports import Message
 
@@ -122,6 +123,19 @@ def begun(mock: MockCluster, transactional_id: str = "t-0", *, timeout_s: float 
         clock=SystemClock(),
         check=lambda _topic, _partition: None,
         broker_topic=address(mock).topic,
+    )
+
+
+def reader_of(options: Mapping[str, Any], end_offset: int) -> KafkaReader:
+    """Return a reader of a topic with one partition, which ends at an offset."""
+    return KafkaReader(
+        options,
+        "deltas",
+        clock=SystemClock(),
+        partition_count=lambda: 1,
+        start_offsets=lambda _: {0: 0},
+        end_offsets=lambda _: {0: end_offset},
+        ask_ends=lambda _: {},
     )
 
 

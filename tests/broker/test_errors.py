@@ -14,7 +14,6 @@ from pipeline.adapters.kafka.errors import CODES, Verdict, code_of, describe, tr
 from pipeline.adapters.kafka.log import KafkaLog
 from pipeline.adapters.kafka.metadata import _Known
 from pipeline.adapters.kafka.options import reader_options
-from pipeline.adapters.kafka.reader import KafkaReader
 from pipeline.adapters.kafka.writer import KafkaLogWriter
 from pipeline.errors import Discontinuous, Displaced, Fenced, Invalid, PipelineError, Unavailable
 from pipeline.settings import KafkaSettings
@@ -30,6 +29,7 @@ from tests.broker.mock import (
     address,
     begun,
     one_by_one,
+    reader_of,
     three,
 )
 
@@ -564,15 +564,7 @@ def test_a_reader_goes_on(mock: MockCluster, name: str, expected: type[PipelineE
     """A passing error is raised at most once, and nothing is skipped. An offset that is in range after all is no loss."""
     writer = writer_of(mock)
     writer.append(three(), timeout_s=2)
-    reader = KafkaReader(
-        reader_options(address(mock), {}),
-        "deltas",
-        clock=SystemClock(),
-        partition_count=lambda: 1,
-        start_offsets=lambda _: {0: 0},
-        end_offsets=lambda _: {0: 3},
-        ask_ends=lambda _: {},
-    )
+    reader = reader_of(reader_options(address(mock), {}), 3)
     mock.fail(FETCH, code(name))
     reader.assign({0: 0})
     offsets: list[int] = []

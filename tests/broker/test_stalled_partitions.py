@@ -22,6 +22,7 @@ from pipeline.ports import Message
 from pipeline.settings import KafkaSettings
 from pipeline.topics import DELTAS
 from tests.broker.kafka import App, create_topics
+from tests.broker.mock import reader_of
 from tests.support import HandClock, wait_until
 
 PARTITIONS = 3
@@ -194,15 +195,7 @@ class _Failing:
 
 def test_a_call_that_fails_within_a_poll_loses_nothing() -> None:
     """A reader reads again the messages that a poll had taken before one of its calls failed."""
-    reader = KafkaReader(
-        {"bootstrap.servers": "", "group.id": "nobody"},
-        "deltas",
-        clock=SystemClock(),
-        partition_count=lambda: 1,
-        start_offsets=lambda _: {0: 0},
-        end_offsets=lambda _: {0: 2_000},
-        ask_ends=lambda _: {},
-    )
+    reader = reader_of({"bootstrap.servers": "", "group.id": "nobody"}, 2_000)
     with closing(inside(reader)):
         reader._consumer = cast("Consumer", failing := _Failing())
         reader.assign({0: 0})

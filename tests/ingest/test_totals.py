@@ -153,23 +153,6 @@ def test_streams_that_begin_before_a_restart(tmp_path: Path) -> None:
     process.file.close()
 
 
-def test_increases_that_are_too_old_are_not_sent_again(tmp_path: Path) -> None:
-    """Tasks may have forgotten the key of what was sent long ago, so it may be lost; what follows counts."""
-    log, clock = Log(), HandClock()
-    start = now_ns(clock) + 1
-    process = Process(log, tmp_path, clock)
-    log.end = "after"
-    with pytest.raises(Killed):
-        process.publish(5, 1, start)
-    log.counted, log.end = {}, ""  # forgotten
-    process.file.close()
-    clock.s += 1.1
-    process = Process(log, tmp_path, clock)
-    assert process.publish(7, 2, start) == []
-    assert log.total == 2
-    process.file.close()
-
-
 def test_a_request_that_is_refused_leaves_nothing_to_send(tmp_path: Path) -> None:
     """Increases that the log has refused are not sent after a restart, and the next total has them."""
     log, clock = Log(), HandClock()
@@ -271,23 +254,23 @@ def test_what_is_learned_without_increases_is_saved(tmp_path: Path) -> None:
     process.file.close()
 
 
-@pytest.mark.parametrize("restarts", [False, True])
-def test_increases_are_not_sent_again_once_their_key_may_be_forgotten(tmp_path: Path, restarts: bool) -> None:
-    """Increases that were sent without an answer are lost rather than doubled, if nothing comes for too long."""
+@pytest.mark.parametrize(("end", "restarts"), [("after", True), ("away after", True), ("away after", False)])
+def test_increases_that_are_too_old_are_not_sent_again(tmp_path: Path, end: str, restarts: bool) -> None:
+    """Tasks may have forgotten the key of what was sent long ago, so it may be lost; what follows counts."""
     log, clock = Log(), HandClock()
     start = now_ns(clock) + 1
     process = Process(log, tmp_path, clock)
-    log.end = "away after"
-    with pytest.raises(Unavailable):
+    log.end = end
+    with pytest.raises(Killed if end == "after" else Unavailable):
         process.publish(5, 1, start)
     log.end = ""
     log.forget()
-    clock.s += 2
+    clock.s += 1.1
     if restarts:
         process.file.close()
         process = Process(log, tmp_path, clock)
     assert process.publish(7, 2, start) == []
-    assert log.total == 7
+    assert log.total == 5 + 2
     process.file.close()
 
 

@@ -89,16 +89,21 @@ def test_abandoned_work_ends_at_its_next_check() -> None:
     assert done == [0, 1, 2, 3]
 
 
-@pytest.fixture(scope="module")
-def busy() -> Iterator[Server]:
-    """A server on whose clock each check costs a second of CPU, of four that a request has."""
-    clock = Spinning(0.0)
-    world = World(2, clock=clock, settings=QuerySettings(cpu_ms_max=4_000))
+def many_series(clock: SystemClock, **settings: int) -> World:
+    """Return a world of two views of 24,000 series, all of them folded."""
+    world = World(2, clock=clock, settings=QuerySettings(**settings))
     for number in range(2):
         world.append(number, HITS, {(f"/{i}",): 1 for i in range(12_000)})
         world.append(number, MINUTES, {(f"/{i}",): 1 for i in range(12_000)})
     world.fold()
-    with serving(world) as server:
+    return world
+
+
+@pytest.fixture(scope="module")
+def busy() -> Iterator[Server]:
+    """A server on whose clock each check costs a second of CPU, of four that a request has."""
+    clock = Spinning(0.0)
+    with serving(many_series(clock, cpu_ms_max=4_000)) as server:
         clock.step_s = 1.0
         yield server
 
@@ -203,12 +208,7 @@ ANSWERS = {**READS, "a compressed answer": ("GET", "/v1/views/hits?limit=39999",
 @pytest.fixture(scope="module")
 def slow() -> Iterator[Server]:
     clock = Slow()
-    world = World(2, clock=clock)
-    for number in range(2):
-        world.append(number, HITS, {(f"/{i}",): 1 for i in range(12_000)})
-        world.append(number, MINUTES, {(f"/{i}",): 1 for i in range(12_000)})
-    world.fold()
-    with serving(world) as server:
+    with serving(many_series(clock)) as server:
         clock.pause_s = 0.15
         yield server
 

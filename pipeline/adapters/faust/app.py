@@ -121,7 +121,7 @@ class Ours:
         return AppIdentity(self.deltas, self.changelog, self.format)
 
 
-_COMMIT_INTERVAL_S = 3_600.0
+_IDLE_COMMIT_INTERVAL_S = 3_600.0
 _LOOK_INTERVAL_S = 5.0
 """Time between two looks of aiokafka at each partition that it might fetch from, apart from events that wake it; 0.2 by
 default, which costs half a per cent of a core with 64 partitions that are all paused."""
@@ -160,8 +160,9 @@ class MemberApp(faust.App):
         if taken := sorted(self.given.keys() & (options.keys() | self.fixed.keys())):
             raise Invalid(f"faust_app({taken[0]}=...): `pipeline worker` decides that")
         self.loop = loop
-        # Without agents Faust's streams get nothing: there is nothing to commit, and no use in looking after each of them.
-        self._default_options = (id, {"broker_commit_interval": _COMMIT_INTERVAL_S, **self.fixed, **self.given, **options})
+        # Streams that get nothing have nothing to commit, and there is no use in looking after each of them.
+        idle = {"broker_commit_interval": _IDLE_COMMIT_INTERVAL_S} if self.fetches_nothing else {}
+        self._default_options = (id, {**idle, **self.fixed, **self.given, **options})
         self._conf = None  # settings that were looked at when a module was imported
         self.ours = ours
         self.transport = self.Transport(self.conf.broker_consumer, self)

@@ -8,7 +8,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyFrozenSet, PyInt};
 
 pub const TS_MS_MAX: i64 = 1 << 53;
-const TEXT_BYTES_MAX: usize = 65_536;
+pub const TEXT_BYTES_MAX: usize = 65_536;
 /// Texts that are longer are shown to `check`, which may find them too long for the log.
 const LONG_TEXT: usize = 4_096;
 

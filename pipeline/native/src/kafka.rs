@@ -140,9 +140,9 @@ impl BatchProducer {
         visit.call(&self.producer) // its callbacks may lead back to this object
     }
 
-    #[allow(clippy::too_many_arguments)] // Python's call has them all
     /// Enqueue messages with `keys[start:end]` and `values[start:end]`. Returns the number of the first that is not enqueued,
     /// and its error, or `end` and 0.
+    #[allow(clippy::too_many_arguments)] // Python's call has them all
     fn produce(
         &self,
         py: Python<'_>,

@@ -1,5 +1,7 @@
 //! The rows of a group as they came in a batch: checked, and kept as states. See `pipeline/core/groups.py`.
 
+use crate::convert::{TEXT_BYTES_MAX, TS_MS_MAX};
+use crate::labels::{LABEL_BYTES_MAX, SUFFIX_BYTES_MAX};
 use crate::read::Rest;
 use crate::state::{Kind, Stamped, State, Value};
 use foldhash::fast::RandomState;
@@ -10,12 +12,8 @@ use std::sync::LazyLock;
 
 const BATCH_INT_BYTES_MAX: usize = 1_040;
 const STATE_INT_BYTES_MAX: usize = 1_100;
-const LABEL_BYTES_MAX: usize = 4_096;
-const SUFFIX_BYTES_MAX: usize = 32_768;
-const TEXT_BYTES_MAX: usize = 65_536;
 const WINDOW_BYTES: usize = 8;
 const WINDOW_START_MS_MAX: u64 = 1 << 53;
-const TS_MS_MAX: i64 = 1 << 53;
 /// The largest count of a mean that is read from a batch: no number of rows makes them overflow.
 const BATCH_COUNT_MAX: u64 = 1 << 32;
 /// The largest count of a mean that is read from an entry, or kept: any overlay can be added to it.

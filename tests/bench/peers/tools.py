@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import struct
-import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
@@ -19,11 +18,10 @@ from pipeline.core.codec import decode_states
 from pipeline.core.kinds import KINDS
 from pipeline.core.record import Definition, parse_suffix, series_prefix
 from tests.bench.peers.work import VIEW, key
-from tests.broker.jars import Missing, need
+from tests.broker.jars import Missing, fetch, need
 
 HERE = Path(__file__).parent
 QUIX, FAUST, STREAMS = "3.28.1", "0.15.3", "4.3.1"
-_INSTALL_S = 600.0
 _PREFIX = series_prefix(Definition(VIEW, "sum", ("product", "region")))
 _CACHE_BYTES = 67_108_864
 """Cache of Kafka Streams: as much as the buffer of one of our publishers has by default, over six times Streams' default."""
@@ -135,18 +133,7 @@ def _streams(cache: Path) -> None:
 
 
 def _run(command: list[str]) -> None:
-    try:
-        subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=True,
-            timeout=_INSTALL_S,
-        )
-    except (OSError, subprocess.SubprocessError) as error:
-        raise Missing(f"{' '.join(command[:4])}...: {str(getattr(error, 'output', error))[-500:]}") from None
+    fetch(command, f"{' '.join(command[:4])}...")
 
 
 def _worker(place: Place) -> list[str]:
